@@ -1,0 +1,1 @@
+"""Dense Connector multimodal LLMs on megatron-core."""
