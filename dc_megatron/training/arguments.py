@@ -1,0 +1,293 @@
+"""Megatron flags that depend on the data, on the number of processes, on the model and on what is installed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dc_megatron.config import LanguageConfig, check_parallel_layout
+from dc_megatron.errors import UserError
+from dc_megatron.training.argv import Translation
+from dc_megatron.training.engine_flags import engine_flags
+from dc_megatron.training.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Sizes of the batches (in rows; one row holds one sample while packing is none) and the number of steps."""
+
+    data_parallel_size: int
+    micro_batch_size: int
+    global_batch_size: int
+    accumulation_steps: int
+    seq_length: int
+    train_iters: int
+    warmup_iters: int
+    decay_iters: int
+    save_interval: int
+    notes: tuple[str, ...]
+
+
+def plan_steps(settings: RunSettings, num_samples: int | None, world_size: int) -> StepPlan:
+    """Resolve batch sizes, row length, steps and warm-up for ``world_size`` processes.
+
+    ``num_samples`` is the number of usable samples of one epoch; None is allowed where --max_steps is given.
+    Steps of E epochs: ceil(E x samples / global batch); the last batch is filled up from the next epoch.
+    Raises UserError for sizes that do not fit each other.
+    """
+    data_parallel = _data_parallel_size(settings, world_size)
+    micro, global_batch = _batch_sizes(settings, world_size, data_parallel)
+    steps = settings.max_steps
+    if steps is None:
+        if not num_samples:
+            raise UserError(f"--data_path {settings.data_path}: there are no samples to train on")
+        steps = math.ceil(settings.num_train_epochs * num_samples / global_batch)
+    notes = [f"{global_batch} samples a step ({micro} x {global_batch // (micro * data_parallel)} x {data_parallel})"]
+    seq_length = _seq_length(settings, notes)
+    warmup = _warmup_steps(settings, steps, notes)
+    return StepPlan(
+        data_parallel_size=data_parallel,
+        micro_batch_size=micro,
+        global_batch_size=global_batch,
+        accumulation_steps=global_batch // (micro * data_parallel),
+        seq_length=seq_length,
+        train_iters=steps,
+        warmup_iters=warmup,
+        # The scheduler insists on warm-up < decay. In a run that is all warm-up the decay is never reached.
+        decay_iters=max(steps, warmup + 1),
+        save_interval=settings.save_steps if settings.save_strategy == "steps" else steps,
+        notes=tuple(notes),
+    )
+
+
+def _data_parallel_size(settings: RunSettings, world_size: int) -> int:
+    tensor, pipeline = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
+    if world_size % (tensor * pipeline):
+        raise UserError(
+            f"{world_size} processes cannot be divided into groups of --tensor-model-parallel-size {tensor} x"
+            f" --pipeline-model-parallel-size {pipeline} = {tensor * pipeline}; start a multiple of {tensor * pipeline}"
+            " processes or change the sizes"
+        )
+    return world_size // (tensor * pipeline)
+
+
+def _batch_sizes(settings: RunSettings, world_size: int, data_parallel: int) -> tuple[int, int]:
+    """Micro and global batch. LLaVA's names count samples per device: global = per device x accumulation x devices,
+    whatever the tensor parallel size, so that recipes keep their meaning."""
+    per_device, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    product = per_device * accumulation * world_size
+    sum_up = (
+        f"--per_device_train_batch_size {per_device} x --gradient_accumulation_steps {accumulation} x {world_size}"
+        f" processes = {product}"
+    )
+    named = {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(settings.given)
+    global_batch = settings.global_batch_size or product
+    if named and global_batch != product:
+        raise UserError(f"--global-batch-size {global_batch} contradicts {sum_up}; give one of the two")
+    micro = settings.micro_batch_size or per_device
+    if global_batch % (micro * data_parallel):
+        fits = [m for m in range(1, global_batch + 1) if global_batch % (m * data_parallel) == 0]
+        what = f"--global-batch-size {global_batch}" if not named else f"{sum_up} (the global batch)"
+        advice = f"micro batch sizes that do: {', '.join(map(str, fits))}" if fits else "raise the global batch"
+        raise UserError(
+            f"{what} is not divisible by the micro batch {micro} x {data_parallel} data-parallel ranks ="
+            f" {micro * data_parallel}; {advice}"
+        )
+    return micro, global_batch
+
+
+def _seq_length(settings: RunSettings, notes: list[str]) -> int:
+    """Row length; under sequence parallelism every tensor parallel rank takes an equal piece of it."""
+    length = settings.seq_length or settings.model_max_length
+    tensor = settings.tensor_model_parallel_size
+    if settings.sequence_parallel and length % tensor:
+        if settings.seq_length:
+            raise UserError(
+                f"--seq-length {length}: --sequence-parallel needs a multiple of --tensor-model-parallel-size {tensor};"
+                f" use {math.ceil(length / tensor) * tensor}"
+            )
+        rounded = math.ceil(length / tensor) * tensor
+        notes.append(f"--seq-length {rounded}: model_max_length {length}, rounded up to a multiple of {tensor} ranks")
+        return rounded
+    return length
+
+
+def _warmup_steps(settings: RunSettings, steps: int, notes: list[str]) -> int:
+    """As Hugging Face's schedules: steps given win over a ratio, a ratio is rounded up, constant has none.
+
+    Megatron's scheduler then gives step k (from 0) the rate lr x k / warm-up up to k = warm-up and lr x decay after
+    it, which is the same function, the first step at 0 included (megatron-core optimizer_param_scheduler.py).
+    """
+    if settings.lr_scheduler_type == "constant":
+        if settings.warmup_ratio or settings.warmup_steps:
+            notes.append("--lr_scheduler_type constant has no warm-up; constant_with_warmup has")
+        return 0
+    if settings.warmup_steps:
+        if "warmup_ratio" in settings.given:
+            notes.append(f"--warmup_steps {settings.warmup_steps} replaces --warmup_ratio {settings.warmup_ratio}")
+        return settings.warmup_steps
+    return math.ceil(settings.warmup_ratio * steps)
+
+
+def finish(settings: RunSettings, num_samples: int | None, world_size: int) -> list[str]:
+    """Megatron's flags for batches, steps, schedule and checkpoints: see ``plan_steps`` for arguments and errors."""
+    plan = plan_steps(settings, num_samples, world_size)
+    style = "constant" if settings.lr_scheduler_type == "constant_with_warmup" else settings.lr_scheduler_type
+    words = ["--micro-batch-size", plan.micro_batch_size, "--global-batch-size", plan.global_batch_size]
+    words += ["--seq-length", plan.seq_length, "--train-iters", plan.train_iters]
+    words += ["--lr-decay-style", style, "--lr-warmup-iters", plan.warmup_iters, "--lr-decay-iters", plan.decay_iters]
+    words += ["--optimizer", "adam", "--dataloader-type", "external", "--eval-iters", 0]
+    # SIGTERM is what torchrun sends when another rank died; a wish to stop is told apart from it.
+    words += ["--exit-signal-handler", "--exit-signal", "SIGUSR1", "--no-one-logger"]
+    if settings.output_dir:
+        words += ["--save", settings.output_dir, "--save-interval", plan.save_interval]
+    # The optimizer's part can then be read back under another tensor and pipeline split.
+    words += ["--ckpt-format", "torch_dist", "--dist-ckpt-optim-fully-reshardable"]
+    if settings.load:
+        words.append("--exit-on-missing-checkpoint")  # without it the engine trains from random weights
+    return [str(word) for word in words]
+
+
+def megatron_shape_argv(language: LanguageConfig, settings: RunSettings, typed: list[str] = ()) -> list[str]:
+    """The shape of the language model as Megatron's flags, from its config.json.
+
+    ``typed`` is ``Translation.megatron_argv``: a shape flag in it that contradicts the config is a UserError, and so
+    are tensor and pipeline parallel sizes that do not divide the model.
+    """
+    check_parallel_layout(
+        language,
+        settings.tensor_model_parallel_size,
+        settings.pipeline_model_parallel_size,
+        settings.uneven_pipeline,
+    )
+    rows = _shape(language, settings)
+    for name, values in _typed_options(typed).items():
+        if name in rows and name not in _LARGER_IS_FINE and not _same(values, rows[name]):
+            raise UserError(
+                f"{' '.join([name, *values])} contradicts config.json of {language.path or 'the model'}, which says"
+                f" {' '.join(rows[name]) or 'it is on'}; leave the flag out"
+            )
+        if name in _OTHER_SHAPES and name not in rows:
+            raise UserError(
+                f"{' '.join([name, *values])}: not the shape that config.json of {language.path or 'the model'}"
+                " describes; leave the flag out"
+            )
+    return [word for name, values in rows.items() for word in (name, *values)]
+
+
+_LARGER_IS_FINE = (
+    "--max-position-embeddings",
+    "--make-vocab-size-divisible-by",
+    "--hidden-dropout",
+    "--attention-dropout",
+)
+# Flags that change what is computed and that no Llama-family config asks for.
+_OTHER_SHAPES = (
+    "--group-query-attention",
+    "--num-query-groups",
+    "--untie-embeddings-and-output-weights",
+    "--use-rope-scaling",
+    "--rope-scaling-factor",
+    "--add-qkv-bias",
+    "--qk-layernorm",
+    "--squared-relu",
+    "--quick-geglu",
+    "--openai-gelu",
+    "--rotary-interleaved",
+    "--rotary-seq-len-interpolation-factor",
+    "--no-position-embedding",
+    "--apply-layernorm-1p",
+    "--apply-residual-connection-post-layernorm",
+    "--window-size",
+    "--padded-vocab-size",
+)
+
+
+def _typed_options(words: list[str]) -> dict[str, list[str]]:
+    options: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--") and word[2:].replace("-", "_") in engine_flags():
+            name = word
+            options[name] = []
+        else:
+            options[name].append(word)
+    return options
+
+
+def _same(typed: list[str], ours: list[str]) -> bool:
+    try:
+        return [float(t) for t in typed] == [float(o) for o in ours]
+    except ValueError:
+        return typed == ours
+
+
+def _shape(language: LanguageConfig, settings: RunSettings) -> dict[str, list[str]]:
+    """Megatron option -> its values. Megatron derives other values where some of these are left out."""
+    if language.rope_theta != int(language.rope_theta):
+        raise UserError(
+            f"{language.path}: config.json says rope_theta {language.rope_theta}; Megatron's --rotary-base takes whole"
+            " numbers only"
+        )
+    # Rotary positions have no table that ends: the engine only checks that the number is not below the row length.
+    longest = max(settings.seq_length or 0, settings.model_max_length)
+    # The row may be rounded up to a multiple of the tensor parallel size.
+    positions = max(language.max_position_embeddings, longest + settings.tensor_model_parallel_size - 1)
+    rows: dict[str, object] = {
+        "--num-layers": language.num_hidden_layers,
+        "--hidden-size": language.hidden_size,
+        "--ffn-hidden-size": language.intermediate_size,
+        "--num-attention-heads": language.num_attention_heads,
+        "--kv-channels": language.head_dim,
+        "--normalization": "RMSNorm",
+        "--norm-epsilon": language.rms_norm_eps,
+        "--swiglu": None,
+        "--disable-bias-linear": None,
+        "--position-embedding-type": "rope",
+        "--rotary-base": int(language.rope_theta),
+        "--rotary-percent": 1.0,
+        "--max-position-embeddings": positions,
+        "--vocab-size": language.vocab_size,
+        "--make-vocab-size-divisible-by": 128,
+        "--tokenizer-type": "NullTokenizer",  # ids come from our data room; the engine wants only their number
+        "--hidden-dropout": 0.0,
+        "--attention-dropout": 0.0,
+    }
+    if language.num_key_value_heads != language.num_attention_heads:
+        rows |= {"--group-query-attention": None, "--num-query-groups": language.num_key_value_heads}
+    if not language.tie_word_embeddings:
+        rows["--untie-embeddings-and-output-weights"] = None
+    if language.rope_scaling_factor is not None:
+        rows |= {"--use-rope-scaling": None, "--rope-scaling-factor": language.rope_scaling_factor}
+    return {name: [] if value is None else [str(value)] for name, value in rows.items()}
+
+
+def backend_argv(cuda: bool, transformer_engine: bool, apex: bool) -> list[str]:
+    """Megatron's flags for what this machine has; ``transformer_engine`` and ``apex`` say that they can be used."""
+    words = ["--distributed-backend", "nccl" if cuda else "gloo"]
+    words += ["--transformer-impl", "transformer_engine" if transformer_engine else "local"]
+    if not transformer_engine:
+        words += ["--no-rope-fusion", "--no-masked-softmax-fusion"]
+    if not apex:
+        # Both kernels come from apex, and the engine stops where they are asked for and absent.
+        words += ["--no-persist-layer-norm", "--no-gradient-accumulation-fusion"]
+    if not cuda:
+        words += ["--no-bias-gelu-fusion", "--no-bias-swiglu-fusion", "--no-bias-dropout-fusion"]
+    return words
+
+
+def engine_argv(
+    translation: Translation,
+    language: LanguageConfig,
+    num_samples: int | None,
+    world_size: int,
+    backend: list[str],
+) -> list[str]:
+    """All words for Megatron's parser: ``backend_argv(...)``, shape, batches and steps, and last what was typed."""
+    settings = translation.settings
+    return [
+        *backend,
+        *megatron_shape_argv(language, settings, translation.megatron_argv),
+        *finish(settings, num_samples, world_size),
+        *translation.megatron_argv,
+    ]

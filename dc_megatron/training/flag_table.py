@@ -1,0 +1,280 @@
+"""The flags of this program: one row each, with LLaVA's names, Megatron's names and what happens to the value.
+
+Every flag may be written in snake_case or in kebab-case. A row is the only place that knows a flag: the parser
+(``argv.py``), the help page (``flag_help.py``) and the collision list of the tests all read this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dc_megatron.config import CONNECTOR_TYPES, IMAGE_ASPECT_RATIOS, PROJECTOR_TYPES, TEMPLATES
+
+AVAILABLE = "available"
+NOT_YET = "not available yet"
+NO_MEANING = "no meaning here"
+
+MODEL, DATA, TRAINING, OPTIMIZER, OUTPUT, PARALLEL, OTHER = (
+    "Model",
+    "Data",
+    "What is trained, and for how long",
+    "Optimizer",
+    "Output",
+    "Parallelism (Megatron's names)",
+    "LLaVA's flags that do nothing here or cannot be used yet",
+)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag.
+
+    ``engine`` is Megatron's option of the same meaning: it is accepted as another name. With ``handed_on`` the value
+    is passed to Megatron under that name just as it is; otherwise ``arguments.py`` computes what Megatron gets.
+    ``refused`` maps a value to the reason why that one value is refused.
+    """
+
+    name: str
+    type: type
+    default: str | int | float | bool | None
+    help: str
+    group: str
+    engine: str | None = None
+    handed_on: bool = False
+    choices: tuple[str, ...] | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    status: str = AVAILABLE
+    # The values that are accepted without a word for a flag that is not available: they ask for what happens anyway.
+    neutral: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return self.name.replace("-", "_")
+
+
+def _no_meaning(name: str, text: str, type: type = str, engine: str | None = None) -> Flag:
+    return Flag(name, type, None, text, OTHER, engine=engine, status=NO_MEANING)
+
+
+def _not_yet(name: str, text: str, type: type = str, neutral: tuple[str, ...] = ()) -> Flag:
+    return Flag(name, type, None, text, OTHER, status=NOT_YET, neutral=neutral)
+
+
+_MODEL = (
+    Flag(
+        "model_name_or_path",
+        str,
+        "",
+        "folder of the Hugging Face language model; its config.json sets the shape",
+        MODEL,
+    ),
+    Flag("vision_tower", str, "", "folder of the Hugging Face CLIP or SigLIP model, kept frozen", MODEL),
+    Flag("mm_dense_connector_type", str, "dci", "dense connector; none is plain LLaVA", MODEL, choices=CONNECTOR_TYPES),
+    Flag("mm_projector_type", str, "mlp2x_gelu", "projector behind the connector", MODEL, choices=PROJECTOR_TYPES),
+    Flag("mm_vision_select_layer", int, -2, "hidden state of the final feature (CLIP; SigLIP has its own)", MODEL),
+    Flag(
+        "mm_vision_select_feature",
+        str,
+        "patch",
+        "tokens of the tower that are used",
+        MODEL,
+        choices=("patch", "cls_patch"),
+        refused={"cls_patch": "not available yet; use patch"},
+    ),
+    Flag("pretrain_mm_mlp_adapter", str, "", "projector file to start from (mm_projector.bin or .safetensors)", MODEL),
+)
+
+_DATA = (
+    Flag("data_path", str, "", "LLaVA-format JSON or JSONL file; never given to Megatron's --data-path", DATA),
+    Flag("image_folder", str, "", "folder that the pictures' paths start from", DATA),
+    Flag("version", str, "", "conversation template", DATA, choices=TEMPLATES),
+    Flag(
+        "image_aspect_ratio",
+        str,
+        "square",
+        "how a picture is brought to the tower's size",
+        DATA,
+        choices=(*IMAGE_ASPECT_RATIOS, "anyres"),
+        refused={"anyres": f"not available yet; use {' or '.join(IMAGE_ASPECT_RATIOS)}"},
+    ),
+    Flag("model_max_length", int, 2048, "longest sample in tokens, pictures included; longer ones are cut", DATA),
+    Flag("seq-length", int, None, "length of a row (default: model_max_length)", DATA, engine="--seq-length"),
+    Flag(
+        "packing",
+        str,
+        "none",
+        "how samples are put into rows",
+        DATA,
+        choices=("best-fit", "none"),
+        refused={"best-fit": "not available yet; use none"},
+    ),
+    Flag("data-order", str, "shuffled", "order of the samples of an epoch", DATA, choices=("shuffled", "sequential")),
+    Flag("image-backend", str, "auto", "what decodes pictures", DATA, choices=("auto", "dali", "pil")),
+    Flag("max-bad-sample-rate", float, 0.001, "stop when more than this share of the records is faulty", DATA),
+    Flag("index-folder", str, "", "where the index of the data is kept (default: the user's cache folder)", DATA),
+    Flag("dataloader_num_workers", int, 2, "loader processes", DATA, engine="--num-workers", handed_on=True),
+    Flag("seed", int, 1234, "seed of data order and initialisation", DATA, engine="--seed", handed_on=True),
+)
+
+_TRAINING = (
+    Flag("trainable", str, "connector,llm", "parts that learn: connector[,llm][,vision_tower]", TRAINING),
+    Flag("tune_mm_mlp_adapter", bool, False, "True is --trainable connector", TRAINING),
+    Flag("freeze_backbone", bool, False, "True is --trainable connector", TRAINING),
+    Flag("num_train_epochs", float, 1.0, "passes over the data", TRAINING),
+    Flag("max_steps", int, None, "optimizer steps; takes precedence over epochs", TRAINING, engine="--train-iters"),
+    Flag("per_device_train_batch_size", int, 8, "samples per device and accumulation step", TRAINING),
+    Flag("gradient_accumulation_steps", int, 1, "accumulation steps", TRAINING),
+    Flag("global-batch-size", int, None, "rows of one optimizer step", TRAINING, engine="--global-batch-size"),
+    Flag("micro-batch-size", int, None, "rows of one forward pass", TRAINING, engine="--micro-batch-size"),
+    Flag(
+        "loss-reduction",
+        str,
+        "token",
+        "mean over the supervised tokens of the global batch, or of each micro-batch as LLaVA does",
+        TRAINING,
+        choices=("token", "microbatch"),
+    ),
+    Flag("gradient_checkpointing", bool, False, "recompute every layer's activations in the backward pass", TRAINING),
+    Flag("bf16", bool, False, "compute in bfloat16", TRAINING, engine="--bf16", handed_on=True),
+    Flag("fp16", bool, False, "compute in float16 with loss scaling", TRAINING, engine="--fp16", handed_on=True),
+)
+
+_OPTIMIZER = (
+    Flag("learning_rate", float, 5e-5, "peak learning rate", OPTIMIZER, engine="--lr", handed_on=True),
+    Flag("min-lr", float, 0.0, "learning rate that the schedule ends at", OPTIMIZER, engine="--min-lr", handed_on=True),
+    Flag(
+        "lr_scheduler_type",
+        str,
+        "linear",
+        "shape of the schedule after warm-up; constant has no warm-up",
+        OPTIMIZER,
+        engine="--lr-decay-style",
+        choices=("cosine", "linear", "constant", "constant_with_warmup", "inverse-square-root", "WSD"),
+    ),
+    Flag(
+        "warmup_ratio",
+        float,
+        0.0,
+        "warm-up steps = ceil(ratio x steps), the first at learning rate 0",
+        OPTIMIZER,
+        engine="--lr-warmup-fraction",
+    ),
+    Flag("warmup_steps", int, 0, "warm-up steps; above 0 it replaces the ratio", OPTIMIZER, engine="--lr-warmup-iters"),
+    Flag("weight_decay", float, 0.0, "skips biases and norms", OPTIMIZER, engine="--weight-decay", handed_on=True),
+    Flag("adam_beta1", float, 0.9, "first moment's decay", OPTIMIZER, engine="--adam-beta1", handed_on=True),
+    Flag("adam_beta2", float, 0.999, "second moment's decay", OPTIMIZER, engine="--adam-beta2", handed_on=True),
+    Flag("adam_epsilon", float, 1e-8, "added to the denominator", OPTIMIZER, engine="--adam-eps", handed_on=True),
+    Flag("max_grad_norm", float, 1.0, "gradient norm clip; 0 is off", OPTIMIZER, engine="--clip-grad", handed_on=True),
+)
+
+_OUTPUT = (
+    Flag("output_dir", str, "", "checkpoints, projector, metrics and TensorBoard files", OUTPUT, engine="--save"),
+    Flag("load", str, "", "checkpoint folder to resume from", OUTPUT, engine="--load", handed_on=True),
+    Flag("save_steps", int, 500, "steps between checkpoints", OUTPUT, engine="--save-interval"),
+    Flag(
+        "save_strategy",
+        str,
+        "steps",
+        "no: save at the end only",
+        OUTPUT,
+        choices=("steps", "no", "epoch"),
+        refused={"epoch": "not available yet; use steps with --save_steps, or no"},
+    ),
+    Flag("logging_steps", int, 1, "steps between log lines", OUTPUT, engine="--log-interval", handed_on=True),
+    Flag(
+        "report_to",
+        str,
+        "tensorboard",
+        "where curves go besides metrics.jsonl",
+        OUTPUT,
+        choices=("tensorboard", "none", "wandb"),
+        refused={
+            "wandb": "not available yet; use tensorboard or none (Megatron's own --wandb-project and --wandb-exp-name"
+            " work where wandb is installed)"
+        },
+    ),
+    Flag(
+        "logging_dir", str, "", "TensorBoard folder (default: OUTPUT/tensorboard)", OUTPUT, engine="--tensorboard-dir"
+    ),
+    Flag("log-images", int, 0, "pictures written to TensorBoard with the model's words", OUTPUT),
+)
+
+_PARALLEL = (
+    Flag(
+        "tensor-model-parallel-size",
+        int,
+        1,
+        "processes that share each layer",
+        PARALLEL,
+        engine="--tensor-model-parallel-size",
+        handed_on=True,
+    ),
+    Flag(
+        "pipeline-model-parallel-size",
+        int,
+        1,
+        "stages that the layers are spread over",
+        PARALLEL,
+        engine="--pipeline-model-parallel-size",
+        handed_on=True,
+    ),
+    Flag(
+        "sequence-parallel",
+        bool,
+        False,
+        "spread norms over the sequence as well",
+        PARALLEL,
+        engine="--sequence-parallel",
+        handed_on=True,
+    ),
+)
+
+_LATER = "LoRA comes with a later version"
+_OTHER = (
+    _no_meaning("deepspeed", "Megatron's engine trains here; --use-distributed-optimizer shards what ZeRO-1 does"),
+    _no_meaning("evaluation_strategy", "there is no evaluation during training; use tools/score.py"),
+    _no_meaning("eval_strategy", "there is no evaluation during training; use tools/score.py"),
+    _no_meaning("per_device_eval_batch_size", "there is no evaluation during training; use tools/score.py", int),
+    _no_meaning("lazy_preprocess", "samples are always prepared as they are needed", bool),
+    _no_meaning("tf32", "PyTorch's own setting holds for float32 products", bool),
+    _no_meaning("group_by_modality_length", "rows have one fixed length, so grouping saves nothing", bool),
+    _no_meaning("save_total_limit", "every checkpoint is kept; --save-retain-interval thins them out", int),
+    _no_meaning("is_multimodal", "a sample with a picture is recognised by its image field", bool),
+    _no_meaning("remove_unused_columns", "only the fields of the LLaVA format are read", bool),
+    _no_meaning("cache_dir", "models are read from the folders that are named"),
+    _no_meaning("run_name", "the folder of --output_dir names the run"),
+    _no_meaning("attn_implementation", "tools/doctor.py says which attention is chosen and why"),
+    _no_meaning("local_rank", "torchrun says so in the environment", int, engine="--local-rank"),
+    _no_meaning("overwrite_output_dir", "a run resumes only where --load names a checkpoint", bool),
+    _no_meaning("double_quant", "there is no quantised training", bool),
+    _no_meaning("quant_type", "there is no quantised training"),
+    _not_yet("mm_use_im_start_end", "pictures are not framed by tokens", bool, ("False",)),
+    _not_yet("mm_use_im_patch_token", "pictures need no token of their own", bool, ("False",)),
+    _not_yet("mm_patch_merge_type", "only flat features", neutral=("flat",)),
+    _not_yet("image_grid_pinpoints", "comes with --image_aspect_ratio anyres"),
+    _not_yet("mm_projector_lr", "the connector learns at --learning_rate", float),
+    _not_yet("freeze_mm_mlp_adapter", "the connector always learns", bool, ("False",)),
+    _not_yet("unfreeze_mm_vision_tower", "the vision tower stays frozen", bool, ("False",)),
+    _not_yet("lora_enable", _LATER, bool, ("False",)),
+    _not_yet("lora_r", _LATER, int),
+    _not_yet("lora_alpha", _LATER, int),
+    _not_yet("lora_dropout", _LATER, float),
+    _not_yet("lora_weight_path", _LATER, neutral=("",)),
+    _not_yet("lora_bias", _LATER, neutral=("none",)),
+    _not_yet("bits", "there is no quantised training", int, ("16",)),
+    _not_yet("optim", "AdamW is the optimizer", neutral=("adamw_torch", "adamw_torch_fused")),
+    _not_yet("resume_from_checkpoint", "use --load DIR", neutral=("False",)),
+)
+
+FLAGS: tuple[Flag, ...] = (*_MODEL, *_DATA, *_TRAINING, *_OPTIMIZER, *_OUTPUT, *_PARALLEL, *_OTHER)
+
+
+def flags_by_key() -> dict[str, Flag]:
+    """Every name a flag of ours answers to, in snake_case without dashes: its own and Megatron's."""
+    table = {}
+    for flag in FLAGS:
+        names = [flag.key] + ([flag.engine[2:].replace("-", "_")] if flag.engine else [])
+        for name in dict.fromkeys(names):
+            assert name not in table, f"two rows of the flag table answer to --{name}"
+            table[name] = flag
+    return table

@@ -1,0 +1,72 @@
+"""The settings of a run as primitives: what the flags say, defaults filled in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What our flags say, defaults filled in. Only primitives, so that it can be stored in a checkpoint.
+
+    A field carries the name of its row in ``flag_table``, in snake_case; None means "not given, decided later".
+    """
+
+    model_name_or_path: str
+    vision_tower: str
+    mm_dense_connector_type: str
+    mm_projector_type: str
+    mm_vision_select_layer: int
+    mm_vision_select_feature: str
+    pretrain_mm_mlp_adapter: str
+    data_path: str
+    image_folder: str
+    version: str
+    image_aspect_ratio: str
+    model_max_length: int
+    seq_length: int | None
+    packing: str
+    data_order: str
+    image_backend: str
+    max_bad_sample_rate: float
+    index_folder: str
+    dataloader_num_workers: int
+    seed: int
+    trainable: tuple[str, ...]
+    tune_mm_mlp_adapter: bool
+    freeze_backbone: bool
+    num_train_epochs: float
+    max_steps: int | None
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    global_batch_size: int | None
+    micro_batch_size: int | None
+    loss_reduction: str
+    gradient_checkpointing: bool
+    bf16: bool
+    fp16: bool
+    learning_rate: float
+    min_lr: float
+    lr_scheduler_type: str
+    warmup_ratio: float
+    warmup_steps: int
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    max_grad_norm: float
+    output_dir: str
+    load: str
+    save_steps: int
+    save_strategy: str
+    logging_steps: int
+    report_to: str
+    logging_dir: str
+    log_images: int
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    sequence_parallel: bool
+    # The user divides the layers over the pipeline stages himself.
+    uneven_pipeline: bool
+    # Names (fields of this class) of the flags that were on the command line.
+    given: tuple[str, ...]
