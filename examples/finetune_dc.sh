@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+""":"
+# Stage 2: the connector and the whole language model learn, from conversations. Vicuna-7B, CLIP-L/336, Dense
+# Channel Integration, and the original's recipe: global batch 128, learning rate 2e-5, one epoch, starting from the
+# projector that stage 1 wrote.
+#
+#   bash examples/finetune_dc.sh [flags]
+#   torchrun --nproc-per-node 8 examples/finetune_dc.sh [flags]
+#   PROJECTOR=... DATA=... bash examples/finetune_dc.sh --max_steps 10
+#
+# Everything written in capitals below can be set from the environment, and flags given last count.
+# launch.sh says how processes are counted. This file is valid bash and valid Python: see its last lines.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+
+MODEL_FLAGS=(
+  --model_name_or_path "${MODEL:-checkpoints/vicuna-7b-v1.5}"
+  --vision_tower "${VISION_TOWER:-checkpoints/clip-vit-large-patch14-336}"
+  --mm_dense_connector_type "${CONNECTOR:-dci}"
+  --mm_projector_type mlp2x_gelu
+  --mm_vision_select_layer -2
+  --pretrain_mm_mlp_adapter "${PROJECTOR:-runs/vicuna-7b-dci-pretrain/mm_projector.safetensors}"
+  --trainable "${TRAINABLE:-connector,llm}"
+)
+DATA_FLAGS=(
+  --version "${VERSION:-v1}"
+  --data_path "${DATA:-data/finetune/llava_v1_5_mix665k.json}"
+  --image_folder "${IMAGE_FOLDER:-data/finetune}"
+  --image_aspect_ratio "${IMAGE_ASPECT_RATIO:-pad}"
+  --model_max_length "${MODEL_MAX_LENGTH:-2048}"
+  --dataloader_num_workers "${WORKERS:-4}"
+)
+batch_flags "${GLOBAL_BATCH_SIZE:-128}" 16
+RECIPE_FLAGS=(
+  --num_train_epochs "${EPOCHS:-1}"
+  --learning_rate "${LEARNING_RATE:-2e-5}"
+  --lr_scheduler_type cosine
+  --warmup_ratio 0.03
+  --weight_decay 0
+  --bf16 "${BF16:-True}"
+  --gradient_checkpointing "${GRADIENT_CHECKPOINTING:-True}"
+)
+OUTPUT_FLAGS=(
+  --output_dir "${OUTPUT:-runs/vicuna-7b-dci-finetune}"
+  --save_steps "${SAVE_STEPS:-500}"
+  --logging_steps 1
+)
+PARALLEL_FLAGS=(
+  --tensor-model-parallel-size "$tensor_parallel"
+  --pipeline-model-parallel-size "$pipeline_parallel"
+  --sequence-parallel
+  --use-distributed-optimizer
+)
+launch "${MODEL_FLAGS[@]}" "${DATA_FLAGS[@]}" "${BATCH_FLAGS[@]}" "${RECIPE_FLAGS[@]}" "${OUTPUT_FLAGS[@]}" \
+  "${PARALLEL_FLAGS[@]}" "$@"
+":"""
+# Only torchrun gets here: it starts this file with Python in every process. Bash has left with launch above.
+import os
+import sys
+
+os.environ["DC_TORCHRUN_PYTHON"] = sys.executable
+os.execvp("bash", ["bash", os.path.abspath(__file__), *sys.argv[1:]])
