@@ -267,10 +267,11 @@ def backend_argv(cuda: bool, transformer_engine: bool, apex: bool) -> list[str]:
     words = ["--distributed-backend", "nccl" if cuda else "gloo"]
     words += ["--transformer-impl", "transformer_engine" if transformer_engine else "local"]
     if not transformer_engine:
-        words += ["--no-rope-fusion", "--no-masked-softmax-fusion"]
+        # The fused rotary embedding and the persistent norm belong to Transformer Engine and apex; our attention on
+        # torch's scaled_dot_product_attention has no softmax of its own to fuse.
+        words += ["--no-rope-fusion", "--no-masked-softmax-fusion", "--no-persist-layer-norm"]
     if not apex:
-        # Both kernels come from apex, and the engine stops where they are asked for and absent.
-        words += ["--no-persist-layer-norm", "--no-gradient-accumulation-fusion"]
+        words += ["--no-gradient-accumulation-fusion"]  # the engine stops where apex's kernel is asked for and absent
     if not cuda:
         words += ["--no-bias-gelu-fusion", "--no-bias-swiglu-fusion", "--no-bias-dropout-fusion"]
     return words
