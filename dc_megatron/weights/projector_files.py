@@ -1,0 +1,168 @@
+"""mm_projector files: what a stage-1 run hands to stage 2, and LLaVA users to each other.
+
+A .bin file holds tensors only, and sci and dci (or sti and none) projectors have the same shapes: the .safetensors
+file says in its metadata what the projector is for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dc_megatron.config import ConnectorConfig, VisionConfig
+from dc_megatron.errors import UserError
+from dc_megatron.weights.names import refuse_wrong_names
+from dc_megatron.weights.safetensors_files import open_file
+
+SAFETENSORS_NAME = "mm_projector.safetensors"
+BIN_NAME = "mm_projector.bin"
+_KEY = "model.mm_projector."
+_PREFIXES = ("base_model.model.model.", "model.", "")
+_PARTS = ("0.weight", "0.bias", "2.weight", "2.bias")
+
+
+def projector_metadata(connector: ConnectorConfig, vision: VisionConfig) -> dict[str, str]:
+    """What a projector file says about itself; safetensors metadata are strings."""
+    return {
+        "format": "pt",
+        "mm_dense_connector_type": connector.dense_connector_type,
+        "mm_projector_type": connector.projector_type,
+        # SigLIP ignores it, so it must not tell two files apart.
+        "mm_vision_select_layer": str(connector.select_layer) if vision.family == "clip" else "ignored",
+        "vision_family": vision.family,
+        "vision_hidden_size": str(vision.hidden_size),
+        "vision_num_hidden_layers": str(vision.num_hidden_layers),
+        "vision_image_size": str(vision.image_size),
+        "vision_patch_size": str(vision.patch_size),
+        "vision_tower": os.path.basename(os.path.normpath(vision.path)) if vision.path else "",
+    }
+
+
+def read_projector(
+    path: str,
+    connector: ConnectorConfig,
+    vision: VisionConfig,
+    hidden_size: int,
+    *,
+    type_named: bool = True,
+    flag: str = "--pretrain_mm_mlp_adapter",
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The projector's tensors as ``mlp.{0,2}.{weight,bias}`` in the file's dtype, and the file's metadata.
+
+    ``path`` is a file or a folder with one; ``hidden_size`` is the language model's width. ``type_named`` says that
+    the user named the connector's type: a file without metadata needs that. UserError: no or broken file, names
+    missing or left over, another connector type or tower, other widths.
+    """
+    file_path = _find(path, flag)
+    what = f"{flag} {file_path}"
+    file = open_file(file_path, what)
+    _check_metadata(file.metadata, connector, vision, type_named, what)
+    names = _check_names(file.names(), what)
+    expected = projector_shapes(connector, vision, hidden_size)
+    for key, name in names.items():
+        if file.shape(name) != expected[key]:
+            raise UserError(
+                f"{what}: {name} has shape {list(file.shape(name))}, but a"
+                f" {connector.dense_connector_type} connector from this vision tower (width {vision.hidden_size}) to"
+                f" this language model (width {hidden_size}) needs {list(expected[key])}: the projector is of another"
+                " connector type, tower or language model"
+            )
+    return {key: file.read(name, None, None).clone() for key, name in names.items()}, dict(file.metadata)
+
+
+def write_projector(
+    folder: str, tensors: dict[str, Tensor], connector: ConnectorConfig, vision: VisionConfig
+) -> tuple[str, str]:
+    """Write ``mm_projector.bin`` and ``mm_projector.safetensors`` into ``folder``; returns both paths.
+
+    ``tensors`` as ``read_projector`` returns them, any device, dtype kept. A reader never sees half a file: each is
+    written under another name, flushed to disk, then renamed.
+    """
+    expected = {f"mlp.{part}" for part in _PARTS}
+    assert tensors.keys() == expected, f"a projector has {sorted(expected)}, not {sorted(tensors)}"
+    stored = {_KEY + key.removeprefix("mlp."): value.detach().cpu().contiguous() for key, value in tensors.items()}
+    os.makedirs(folder, exist_ok=True)
+    bin_path, safetensors_path = os.path.join(folder, BIN_NAME), os.path.join(folder, SAFETENSORS_NAME)
+    _write(bin_path, lambda temporary: torch.save(stored, temporary))
+    metadata = projector_metadata(connector, vision)
+    _write(safetensors_path, lambda temporary: save_file(stored, temporary, metadata=metadata))
+    return bin_path, safetensors_path
+
+
+def projector_shapes(connector: ConnectorConfig, vision: VisionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the projector's parameters, below ``connector.``."""
+    return {
+        "mlp.0.weight": (hidden_size, connector.input_size(vision)),
+        "mlp.0.bias": (hidden_size,),
+        "mlp.2.weight": (hidden_size, hidden_size),
+        "mlp.2.bias": (hidden_size,),
+    }
+
+
+def _find(path: str, flag: str) -> str:
+    if os.path.isfile(path):
+        return path
+    if not os.path.isdir(path):
+        raise UserError(f"{flag} {path}: no such file or folder")
+    for name in (SAFETENSORS_NAME, BIN_NAME):
+        if os.path.isfile(os.path.join(path, name)):
+            return os.path.join(path, name)
+    raise UserError(f"{flag} {path}: the folder has neither {SAFETENSORS_NAME} nor {BIN_NAME}")
+
+
+def _check_metadata(
+    metadata: dict[str, str], connector: ConnectorConfig, vision: VisionConfig, type_named: bool, what: str
+) -> None:
+    wanted = projector_metadata(connector, vision)
+    found_type = metadata.get("mm_dense_connector_type")
+    if found_type is None:
+        if not type_named:
+            raise UserError(
+                f"{what}: the file does not say which connector it was trained for; name it with"
+                " --mm_dense_connector_type (sci and dci projectors have the same shape)"
+            )
+        return
+    if found_type != connector.dense_connector_type:
+        raise UserError(
+            f"{what}: was trained for --mm_dense_connector_type {found_type}, not {connector.dense_connector_type}"
+        )
+    # The name of the tower's folder may change with every copy; what the tower is may not.
+    differing = [key for key in wanted if key not in ("format", "vision_tower") and metadata.get(key) != wanted[key]]
+    if differing:
+        found = ", ".join(f"{key} {metadata.get(key)}" for key in differing)
+        here = ", ".join(f"{key} {wanted[key]}" for key in differing)
+        raise UserError(
+            f"{what}: was trained with another vision tower or setting ({found}; the run has {here});"
+            f" give the tower it was trained with ({metadata.get('vision_tower') or 'name not recorded'})"
+        )
+
+
+def _check_names(found: list[str], what: str) -> dict[str, str]:
+    """``mlp.*`` -> name on file."""
+    places = {f"{prefix}mm_projector.{part}": f"mlp.{part}" for prefix in _PREFIXES for part in _PARTS}
+    names: dict[str, str] = {}
+    unknown = []
+    for name in found:
+        if name in places and places[name] not in names:
+            names[places[name]] = name
+        else:
+            unknown.append(name)
+    missing = [_KEY + part for part in _PARTS if f"mlp.{part}" not in names]
+    refuse_wrong_names(what, missing, unknown, "A projector of type mlp2x_gelu holds two linear layers and no more")
+    return names
+
+
+def _write(path: str, save: Callable[[str], None]) -> None:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        save(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)

@@ -1,0 +1,97 @@
+"""The names and shapes of the frozen vision towers, and their tensors from any folder that contains one.
+
+In memory transformers 5 names them without a level ``vision_model``; folders carry it, or the levels of a larger model.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+from dc_megatron.config import ConnectorConfig, VisionConfig, layer_table
+from dc_megatron.errors import UserError
+from dc_megatron.weights.names import refuse_wrong_names, refuse_wrong_shape
+from dc_megatron.weights.safetensors_files import open_checkpoint
+
+# Levels in front of the tower's own names, as LLaVA, transformers and older transformers write them.
+_PREFIX = re.compile(r"^(model\.)?(vision_tower\.){0,2}(vision_model\.)?")
+
+# What a folder may hold beside the tower, left out on purpose: a buffer of older transformers, the text half and the
+# projections of a full CLIP or SigLIP, and SigLIP's pooling head.
+_DROPPED = re.compile(
+    r"(.*\.)?embeddings\.position_ids|text_model\..*|logit_scale|logit_bias|(text|visual)_projection\.weight"
+    r"|(vision_model\.)?head\..*"
+)
+
+
+def vision_state_dict(
+    folder: str, vision: VisionConfig, connector: ConnectorConfig | None = None, flag: str = "--vision_tower"
+) -> dict[str, Tensor]:
+    """The tower's tensors, keyed as ``CLIPVisionModel`` / ``SiglipVisionModel`` ``.state_dict()`` of transformers 5.17.
+
+    Layers that ``connector`` reads must be there; layers above them and ``post_layernorm`` are returned where the
+    folder has them. Without ``connector`` every layer must be, save SigLIP's last, which no connector reads. The
+    pooling head of SigLIP is never returned. dtype as on file; tensors may share memory with the files. UserError:
+    names missing or left over, shapes other than those of ``vision``.
+    """
+    what = f"{flag} {folder}"
+    checkpoint = open_checkpoint(folder, flag)
+    names = {}
+    for name in checkpoint.names():
+        if not _DROPPED.fullmatch(name):
+            key = _PREFIX.sub("", name)
+            if key in names:
+                raise UserError(f"{what}: {names[key]} and {name} are the same weight of the tower; give one tower")
+            names[key] = name
+    known = vision_shapes(vision)
+    required = _required(vision, connector, known)
+    refuse_wrong_names(
+        what,
+        required - names.keys(),
+        [name for key, name in names.items() if key not in known],
+        "config.json and weights are of different towers, or the folder is incomplete",
+    )
+    for key, name in names.items():
+        refuse_wrong_shape(what, name, checkpoint.shape(name), known[key])
+    return {key: checkpoint.read(name) for key, name in names.items()}
+
+
+def vision_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the tower, without SigLIP's pooling head."""
+    width, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
+    shapes = {
+        "embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        "embeddings.position_embedding.weight": (vision.num_patches + vision.num_prefix_tokens, width),
+        "post_layernorm.weight": (width,),
+        "post_layernorm.bias": (width,),
+    }
+    if vision.family == "clip":
+        shapes["embeddings.class_embedding"] = (width,)
+        # The spelling is transformers'.
+        shapes["pre_layrnorm.weight"] = shapes["pre_layrnorm.bias"] = (width,)
+    else:
+        shapes["embeddings.patch_embedding.bias"] = (width,)
+    linears = {f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")}
+    linears |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+    for layer in range(vision.num_hidden_layers):
+        start = f"encoder.layers.{layer}."
+        for name, shape in linears.items():
+            shapes[f"{start}{name}.weight"], shapes[f"{start}{name}.bias"] = shape, shape[:1]
+        for name in ("layer_norm1", "layer_norm2"):
+            shapes[f"{start}{name}.weight"] = shapes[f"{start}{name}.bias"] = (width,)
+    return shapes
+
+
+def _required(vision: VisionConfig, connector: ConnectorConfig | None, known: dict) -> set[str]:
+    """Names that must be there; hidden_states[i] needs the first i layers."""
+    depth = vision.num_hidden_layers - (1 if vision.family == "siglip" else 0)
+    if connector is not None:
+        depth = layer_table(vision, connector).deepest
+    layers = re.compile(r"encoder\.layers\.(\d+)\.")
+    required = set()
+    for name in known:
+        match = layers.match(name)
+        if not name.startswith("post_layernorm") and (match is None or int(match[1]) < depth):
+            required.add(name)
+    return required
