@@ -63,12 +63,13 @@ def read_projector(
     _check_metadata(file.metadata, connector, vision, type_named, what)
     names = _check_names(file.names(), what)
     expected = projector_shapes(connector, vision, hidden_size)
-    for key, name in names.items():
-        if file.shape(name) != expected[key]:
+    for key, shape in expected.items():
+        name = names[key]
+        if file.shape(name) != shape:
             raise UserError(
                 f"{what}: {name} has shape {list(file.shape(name))}, but a"
                 f" {connector.dense_connector_type} connector from this vision tower (width {vision.hidden_size}) to"
-                f" this language model (width {hidden_size}) needs {list(expected[key])}: the projector is of another"
+                f" this language model (width {hidden_size}) needs {list(shape)}: the projector is of another"
                 " connector type, tower or language model"
             )
     return {key: file.read(name, None, None).clone() for key, name in names.items()}, dict(file.metadata)

@@ -1,0 +1,232 @@
+"""Shapes read from config.json, the connectors' layers, and what is refused with which words."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dc_megatron.config import (
+    ConnectorConfig,
+    DataConfig,
+    LanguageConfig,
+    VisionConfig,
+    check_parallel_layout,
+    image_tokens,
+    layer_table,
+    nearest,
+)
+from dc_megatron.errors import UserError
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1003,
+}
+
+
+def write_config(folder, config, name="config.json"):
+    (folder / name).write_text(config if isinstance(config, str) else json.dumps(config))
+    return str(folder)
+
+
+def tower(family, depth, image_size=336):
+    return VisionConfig(family, 1024, 4096, depth, 16, image_size, 14, (0.5,) * 3, (0.5,) * 3)
+
+
+def test_layers_of_the_original():
+    """Typed from the original: CLIP-L with 24 layers and SigLIP-so400m with 27."""
+    clip, siglip = tower("clip", 24), tower("siglip", 27, 384)
+    for kind, groups in {
+        "none": (),
+        "sti": ((7,), (15,)),
+        "sci": ((7,), (15,)),
+        "dci": (tuple(range(12)), tuple(range(12, 24))),
+    }.items():
+        table = layer_table(clip, ConnectorConfig(kind))
+        assert (table.final, table.groups, table.deepest) == (23, groups, 23)
+    for kind, groups in {
+        "none": (),
+        "sti": ((7,), (15,)),
+        "sci": ((7,), (15,)),
+        "dci": (tuple(range(13)), tuple(range(13, 26))),
+    }.items():
+        table = layer_table(siglip, ConnectorConfig(kind, select_layer=-5))
+        assert (table.final, table.groups, table.deepest) == (26, groups, 26)
+
+
+@pytest.mark.parametrize(("family", "depth"), [("clip", 3), ("clip", 6), ("clip", 12), ("siglip", 3), ("siglip", 12)])
+@pytest.mark.parametrize("kind", ["sti", "sci", "dci"])
+def test_other_depths_stay_inside_the_tower(family, depth, kind):
+    table = layer_table(tower(family, depth), ConnectorConfig(kind))
+    layers = [layer for group in table.groups for layer in group]
+    assert layers == sorted(set(layers))
+    assert min(layers) >= 0
+    assert table.deepest <= depth
+    assert len(table.groups) == 2
+
+
+@pytest.mark.parametrize("kind", ["sti", "sci", "dci"])
+def test_a_tower_too_shallow_is_refused(kind):
+    with pytest.raises(UserError, match=rf"--mm_dense_connector_type {kind}: the tower has 2 layers"):
+        layer_table(tower("siglip", 2), ConnectorConfig(kind))
+
+
+def test_select_layer_counts_from_either_end_and_stays_inside():
+    clip = tower("clip", 24)
+    assert layer_table(clip, ConnectorConfig("none", select_layer=-1)).final == 24
+    assert layer_table(clip, ConnectorConfig("none", select_layer=-25)).final == 0
+    assert layer_table(clip, ConnectorConfig("none", select_layer=11)).final == 11
+    for outside in (-26, 25):
+        with pytest.raises(UserError, match=rf"--mm_vision_select_layer {outside}: .* from -25 to 24"):
+            layer_table(clip, ConnectorConfig("none", select_layer=outside))
+
+
+@pytest.mark.parametrize(
+    ("vision", "kind", "tokens", "width"),
+    [
+        (tower("clip", 24), "none", 576, 1024),
+        (tower("clip", 24), "sti", 720, 1024),
+        (tower("clip", 24), "sci", 576, 3072),
+        (tower("clip", 24), "dci", 576, 3072),
+        (tower("siglip", 27, 384), "sti", 911, 1024),
+        (tower("siglip", 27, 384), "dci", 729, 3072),
+    ],
+)
+def test_positions_and_channels_of_a_picture(vision, kind, tokens, width):
+    assert image_tokens(vision, ConnectorConfig(kind)) == tokens
+    assert ConnectorConfig(kind).input_size(vision) == width
+
+
+def test_unknown_connector_names_the_nearest():
+    with pytest.raises(
+        UserError, match=r"--mm_dense_connector_type dcii: unknown \(did you mean 'dci'\?\); one of: sti"
+    ):
+        ConnectorConfig("dcii")
+    with pytest.raises(UserError, match="--mm_projector_type linear"):
+        ConnectorConfig("dci", projector_type="linear")
+    assert nearest("zzzzzz", ["dci"]) == ""
+
+
+def test_tower_from_a_vision_model(tmp_path):
+    folder = write_config(
+        tmp_path,
+        {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+    )
+    vision = VisionConfig.from_folder(folder)
+    assert (vision.family, vision.hidden_size, vision.num_patches, vision.num_prefix_tokens) == ("clip", 1024, 576, 1)
+    # What config.json leaves out is the default of transformers.
+    assert vision.num_attention_heads == 12
+    assert vision.pad_color == (122, 116, 104)
+
+
+def test_tower_inside_a_full_model_and_its_processor(tmp_path):
+    config = {"model_type": "siglip", "vision_config": {"hidden_size": 1152, "image_size": 384, "patch_size": 14}}
+    folder = write_config(tmp_path, config)
+    assert VisionConfig.from_folder(folder).pad_color == (127, 127, 127)
+    write_config(tmp_path, {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}, "preprocessor_config.json")
+    vision = VisionConfig.from_folder(folder)
+    assert (vision.family, vision.hidden_size, vision.num_prefix_tokens) == ("siglip", 1152, 0)
+    assert vision.pad_color == (25, 51, 76)
+
+
+def test_the_folder_of_a_tower_is_judged_by_its_config(tmp_path):
+    folder = tmp_path / "clip-vit-large"
+    folder.mkdir()
+    write_config(folder, {"model_type": "dinov2"})
+    with pytest.raises(UserError, match=r"--vision_tower .*model_type 'dinov2'.*give a CLIP or SigLIP folder"):
+        VisionConfig.from_folder(str(folder))
+
+
+def test_language_model_with_defaults(tmp_path):
+    language = LanguageConfig.from_folder(write_config(tmp_path, LLAMA))
+    assert (language.head_dim, language.rope_theta, language.rope_scaling_factor) == (8, 10000.0, None)
+    assert not language.tie_word_embeddings
+    assert language.path == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, "low_freq_factor": 1}},
+    ],
+)
+def test_llama3_scaling_in_both_spellings(rope, tmp_path):
+    language = LanguageConfig.from_folder(write_config(tmp_path, {**LLAMA, **rope}))
+    assert (language.rope_theta, language.rope_scaling_factor) == (5e5, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen2"}, "model_type 'qwen2'"),
+        ({"attention_bias": True}, "attention_bias true"),
+        ({"mlp_bias": True}, "mlp_bias true"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 2}}, "low_freq_factor 2"),
+    ],
+)
+def test_language_models_that_cannot_be_trained_are_refused(change, message, tmp_path):
+    with pytest.raises(UserError, match=f"--model_name_or_path .*{message}"):
+        LanguageConfig.from_folder(write_config(tmp_path, {**LLAMA, **change}))
+
+
+def test_folders_that_hold_no_configuration(tmp_path):
+    with pytest.raises(UserError, match=r"no such folder: .*absent"):
+        LanguageConfig.from_folder(str(tmp_path / "absent"))
+    with pytest.raises(UserError, match=r"has no config\.json; give a Hugging Face model folder"):
+        LanguageConfig.from_folder(str(tmp_path))
+    with pytest.raises(UserError, match="is not valid JSON"):
+        LanguageConfig.from_folder(write_config(tmp_path, "{"))
+    with pytest.raises(UserError, match="holds a list, not an object"):
+        LanguageConfig.from_folder(write_config(tmp_path, "[]"))
+    with pytest.raises(UserError, match=r"config\.json has no 'vocab_size'"):
+        LanguageConfig.from_folder(write_config(tmp_path, {k: v for k, v in LLAMA.items() if k != "vocab_size"}))
+
+
+def test_layouts_that_do_not_divide_name_those_that_do(tmp_path):
+    language = LanguageConfig.from_folder(write_config(tmp_path, LLAMA))
+    check_parallel_layout(language, 4, 2)
+    with pytest.raises(UserError, match=r"tensor-model-parallel-size 8: .*values that do: 1, 2, 4$"):
+        check_parallel_layout(language, 8, 1)
+    with pytest.raises(UserError, match=r"pipeline-model-parallel-size 3: does not divide 4 layers; .*: 1, 2, 4; or"):
+        check_parallel_layout(language, 1, 3)
+    check_parallel_layout(language, 1, 3, uneven_split=True)
+
+
+def data_config(**values):
+    given = {"version": "v1", "image_aspect_ratio": "pad", "model_max_length": 64, "seq_length": 64}
+    return DataConfig("data.json", "images", "tokenizer", tokens_per_image=16, **{**given, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"version": "v2"}, "--version v2: unknown"),
+        ({"image_aspect_ratio": "anyres"}, "--image_aspect_ratio anyres: unknown"),
+        ({"order": "sorted"}, "--data-order sorted: unknown"),
+        ({"image_backend": "cv2"}, "--image-backend cv2: unknown"),
+        ({"model_max_length": 65}, "--model_max_length 65: longer than --seq-length 64"),
+    ],
+)
+def test_data_settings_are_checked(values, message):
+    data_config()
+    with pytest.raises(UserError, match=message):
+        data_config(**values)
+
+
+def test_configuration_needs_no_torch():
+    code = "import sys, dc_megatron, dc_megatron.config; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
