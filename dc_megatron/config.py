@@ -300,6 +300,12 @@ def _rope_scaling_factor(config: dict, what: str) -> float | None:
     return float(rope["factor"])
 
 
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, divisor: int = 128) -> int:
+    """Rows of the embedding as Megatron pads them: up to a multiple of divisor * tensor-parallel size."""
+    multiple = divisor * tensor_model_parallel_size
+    return (vocab_size + multiple - 1) // multiple * multiple
+
+
 def check_parallel_layout(language: LanguageConfig, tensor: int, pipeline: int, uneven_split: bool = False) -> None:
     """Refuse tensor and pipeline sizes that do not divide the model, naming those that do.
 

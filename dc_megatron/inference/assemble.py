@@ -1,0 +1,89 @@
+"""A rank's model built in its shape and filled from Hugging Face folders: where model and weights meet."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, layer_table
+from dc_megatron.model.dense_connector import DenseConnector
+from dc_megatron.model.language_model import build_language_model
+from dc_megatron.model.multimodal_model import DenseConnectorModel
+from dc_megatron.model.vision_tower import FrozenVisionTower
+from dc_megatron.weights.language_loading import LanguageWeights
+from dc_megatron.weights.projector_files import read_projector
+from dc_megatron.weights.vision_tables import vision_state_dict
+
+
+def build_model(
+    language: LanguageConfig,
+    vision: VisionConfig,
+    connector: ConnectorConfig,
+    config: TransformerConfig,
+    *,
+    vocab_rows: int,
+    max_sequence_length: int,
+    transformer_engine: bool,
+    seed: int,
+    packed: bool = False,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> DenseConnectorModel:
+    """This rank's part of the model in fp32 and random weights; tower and connector only where ``pre_process``."""
+    table = layer_table(vision, connector)
+    return DenseConnectorModel(
+        build_language_model(
+            language,
+            config,
+            vocab_rows=vocab_rows,
+            max_sequence_length=max_sequence_length,
+            transformer_engine=transformer_engine,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+        ),
+        vocab_size=language.vocab_size,
+        dense_connector_type=connector.dense_connector_type,
+        layer_table=table,
+        vision_tower=FrozenVisionTower(vision, table) if pre_process else None,
+        connector=DenseConnector(vision, connector, language.hidden_size, seed) if pre_process else None,
+        packed=packed,
+    )
+
+
+def load_vision_tower(model: DenseConnectorModel, vision: VisionConfig) -> None:
+    """Fill the frozen tower from its folder; nothing to do off the first pipeline stage."""
+    if model.vision_tower is not None:
+        model.vision_tower.load(vision_state_dict(vision.path, vision))
+
+
+def load_projector(model: DenseConnectorModel, path: str, vision: VisionConfig, connector: ConnectorConfig) -> None:
+    """Fill the connector from ``path`` (a projector file or its folder). Every rank reads it, so all refuse alike."""
+    state, _ = read_projector(path, connector, vision, model.config.hidden_size)
+    if model.connector is not None:
+        model.connector.load_state_dict(state)
+
+
+@torch.no_grad()
+def load_language_model(model: DenseConnectorModel, language: LanguageConfig, vocab_rows: int) -> None:
+    """Fill this rank's shards straight from the Hugging Face folder of ``language``."""
+    group = model.pg_collection.tp
+    weights = LanguageWeights(language.path, language, group.rank(), group.size(), vocab_rows)
+    for name, parameter in model.language_model.named_parameters():
+        source = global_name(model, name)
+        shard = weights.shard(source)
+        assert shard.shape == parameter.shape, f"{source}: shard {tuple(shard.shape)}, model {tuple(parameter.shape)}"
+        parameter.copy_(shard)
+
+
+def global_name(model: DenseConnectorModel, name: str) -> str:
+    """The name of a language-model parameter with its layer counted over all pipeline stages."""
+    prefix = "decoder.layers."
+    if not name.startswith(prefix):
+        return name
+    local, rest = name[len(prefix) :].split(".", 1)
+    return f"{prefix}{model.language_model.decoder.layers[int(local)].layer_number - 1}.{rest}"

@@ -1,0 +1,1 @@
+"""The sharded model: frozen vision tower, dense connector and a megatron-core language model."""

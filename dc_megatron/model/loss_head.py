@@ -1,0 +1,67 @@
+"""The language-model head on supervised positions only, with the padded part of the vocabulary masked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class HeadRequest:
+    """What ``head`` is to compute of a forward pass; the ``output_processor_context`` of GPTModel.
+
+    labels [b, s] (already shifted, IGNORED where there is no target) asks for losses, one for each supervised
+    position in row-major order of [b, s]. Otherwise ``positions`` [k] (indices into the flattened b * s) asks for
+    logits [k, vocab_size].
+    """
+
+    vocab_size: int
+    group: torch.distributed.ProcessGroup
+    labels: Tensor | None = None
+    positions: Tensor | None = None
+
+
+def head(*, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context: HeadRequest, config, **_):
+    """``output_processor`` of GPTModel.forward. hidden_states [s, b, h], or its share under sequence parallelism.
+
+    Logits are computed for the wanted rows only. Every rank of the tensor-parallel group returns the same values.
+    """
+    weight = output_weight if output_weight is not None else output_layer.weight
+    if config.sequence_parallel:
+        # Its backward sums the partial gradients of the vocabulary shards, so no further reduction follows.
+        hidden_states = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=True, group=context.group
+        )
+    else:
+        hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=context.group)
+    rows = hidden_states.transpose(0, 1).flatten(0, 1)
+    labels = context.labels.flatten() if context.labels is not None else None
+    positions = context.positions if labels is None else (labels != IGNORED).nonzero().squeeze(-1)
+    logits = torch.nn.functional.linear(rows.index_select(0, positions), weight).float()
+    logits = mask_padded_columns(logits, context.vocab_size, context.group)
+    if labels is None:
+        return gather_from_tensor_model_parallel_region(logits, group=context.group)[:, : context.vocab_size]
+    return vocab_parallel_cross_entropy(logits, labels.index_select(0, positions), tp_group=context.group)
+
+
+def mask_padded_columns(logits: Tensor, vocab_size: int, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Give columns beyond the real vocabulary probability 0: their zero rows would add exp(0) each to the softmax.
+
+    logits [k, padded vocabulary / group size], this rank's shard.
+    """
+    shard = logits.shape[-1]
+    real = min(max(vocab_size - group.rank() * shard, 0), shard)
+    if real == shard:
+        return logits
+    padded = torch.arange(shard, device=logits.device) >= real
+    return logits.masked_fill(padded, torch.finfo(logits.dtype).min)

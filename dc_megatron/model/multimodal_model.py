@@ -1,0 +1,171 @@
+"""The Dense Connector model of one rank: tower and connector on the first pipeline stage, language model on all."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor
+
+from dc_megatron.config import LayerTable
+from dc_megatron.model.dense_connector import DenseConnector, join_features
+from dc_megatron.model.loss_head import HeadRequest, head
+from dc_megatron.model.vision_tower import FrozenVisionTower
+
+TRAINABLE_PARTS = ("connector", "llm")
+
+
+class DenseConnectorModel(MegatronModule):
+    """``vision_tower`` and ``connector`` are None off the first pipeline stage, and are never built there.
+
+    Checkpoint keys: ``language_model.*`` and ``connector.*``; the frozen tower is not saved.
+    """
+
+    def __init__(
+        self,
+        language_model: GPTModel,
+        vocab_size: int,
+        dense_connector_type: str,
+        layer_table: LayerTable,
+        vision_tower: FrozenVisionTower | None,
+        connector: DenseConnector | None,
+        packed: bool = False,
+    ):
+        super().__init__(config=language_model.config)
+        self.language_model = language_model
+        self.vision_tower = vision_tower
+        self.connector = connector
+        self.vocab_size = vocab_size
+        self.dense_connector_type = dense_connector_type
+        self.layer_table = layer_table
+        self.packed = packed
+        # What megatron-core's schedules and gradient finalisation read of a model.
+        self.pre_process = language_model.pre_process
+        self.post_process = language_model.post_process
+        self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
+        self.pg_collection = language_model.pg_collection
+        self.model_type = language_model.model_type
+        self.vp_stage = language_model.vp_stage
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """Hidden states of the previous stage, set by the schedule."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """The tied embedding, for the schedule's gradient reduction between first and last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def set_trainable(self, parts: set[str]) -> None:
+        """Freeze everything that ``parts`` (of TRAINABLE_PARTS) does not name."""
+        unknown = set(parts) - set(TRAINABLE_PARTS)
+        assert not unknown, f"unknown trainable parts {unknown}"
+        self.language_model.requires_grad_("llm" in parts)
+        if self.connector is not None:
+            self.connector.requires_grad_("connector" in parts)
+
+    def forward(self, batch: dict, positions: Tensor | None = None) -> Tensor:
+        """One micro-batch (the batch contract of the data room).
+
+        Last stage: losses [supervised positions] in fp32, row-major; with ``positions`` (indices into the flattened
+        b * s) logits [k, vocab_size] instead. Other stages: hidden states for the next one.
+        """
+        embeddings = self._embed(batch) if self.pre_process else None
+        request = HeadRequest(
+            vocab_size=self.vocab_size,
+            group=self.pg_collection.tp,
+            labels=batch["labels"] if positions is None else None,
+            positions=positions,
+        )
+        return self.language_model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            attention_mask=None,
+            decoder_input=embeddings,
+            packed_seq_params=self._packed_seq_params(batch) if self.packed else None,
+            output_processor=head,
+            output_processor_context=request,
+        )
+
+    def _packed_seq_params(self, batch: dict) -> PackedSeqParams:
+        bounds = batch["cu_seqlens"]
+        longest = int(batch["max_seqlen"])
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+
+    def _embed(self, batch: dict) -> Tensor:
+        """Token embeddings with image features in their places, [s, b, h], split under sequence parallelism."""
+        embeddings = self.language_model.embedding(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+        if batch["num_images"]:
+            features = self.image_features(batch["pixel_values"], batch["num_images"]).flatten(0, 1)
+            length, rows, width = embeddings.shape
+            places = batch["image_mask"].flatten().nonzero().squeeze(-1)
+            chosen = features.index_select(0, batch["image_feature_index"]).to(embeddings.dtype)
+            flat = embeddings.transpose(0, 1).reshape(rows * length, width).index_copy(0, places, chosen)
+            embeddings = flat.view(rows, length, width).transpose(0, 1).contiguous()
+        elif self.connector is not None and next(self.connector.parameters()).requires_grad:
+            # Every trained parameter must take part in every micro-batch: an overlapped gradient reduction waits for
+            # all of a bucket.
+            first = next(self.connector.parameters())
+            idle = self.connector(first.new_zeros(1, self.connector.input_size))
+            embeddings = embeddings + idle.sum().to(embeddings.dtype) * 0.0
+        if self.config.sequence_parallel:
+            embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
+        return embeddings
+
+    def image_features(self, pixels: Tensor, num_images: int) -> Tensor:
+        """Features [num_images, tokens, h] of a micro-batch whose images are shared out over the tensor-parallel group.
+
+        pixels [k, 3, H, W] is this rank's share: with c = ceil(num_images / group size), images rank * c and the c - 1
+        after it, as far as there are any. Frozen features are gathered, the connector then runs on all of them on every
+        rank: its gradients are whole everywhere and need no reduction.
+        """
+        group = self.pg_collection.tp
+        share = -(-num_images // group.size())
+        weight = self.connector.mlp[0].weight
+        with torch.no_grad():
+            padded = pixels.to(weight.dtype)
+            if group.size() > 1 and padded.shape[0] < share:
+                missing = padded.new_zeros(share - padded.shape[0], *padded.shape[1:])
+                padded = torch.cat([padded, missing])
+            joined = join_features(self.vision_tower(padded), self.layer_table, self.dense_connector_type)
+            if group.size() > 1:
+                gathered = joined.new_empty(share * group.size(), *joined.shape[1:])
+                torch.distributed.all_gather_into_tensor(gathered, joined.contiguous(), group=group)
+                joined = gathered[:num_images]
+        assert joined.shape[0] == num_images, f"{joined.shape[0]} images encoded, {num_images} expected"
+        return self.connector(joined)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Checkpoint entries of this rank, without the frozen tower."""
+        state = self.language_model.sharded_state_dict(f"{prefix}language_model.", sharded_offsets, metadata)
+        if self.connector is not None:
+            state.update(
+                sharded_state_dict_default(
+                    self.connector,
+                    f"{prefix}connector.",
+                    sharded_offsets,
+                    metadata,
+                    tp_group=self.pg_collection.tp,
+                )
+            )
+        return state
+
+    def state_dict_for_save_checkpoint(self, prefix: str = "", keep_vars: bool = False) -> dict:
+        """Parameters without the frozen tower (the engine's non-distributed format)."""
+        state = self.state_dict(prefix=prefix, keep_vars=keep_vars)
+        return {name: value for name, value in state.items() if not name.startswith(f"{prefix}vision_tower.")}
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """As torch; a frozen tower that the checkpoint does not hold is no missing key."""
+        if self.vision_tower is not None:
+            own = self.vision_tower.state_dict(prefix="vision_tower.")
+            state_dict = {**own, **state_dict}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -1,0 +1,69 @@
+"""The frozen Hugging Face vision tower, cut off above the highest layer that the connector reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+from dc_megatron.config import LayerTable, VisionConfig
+
+_HUGGING_FACE_CLASSES = {
+    "clip": (CLIPVisionConfig, CLIPVisionModel),
+    "siglip": (SiglipVisionConfig, SiglipVisionModel),
+}
+
+
+class FrozenVisionTower(nn.Module):
+    """CLIP or SigLIP without gradients: pixels in, the hidden states that ``table`` names out.
+
+    Layers from ``table.deepest`` on are never built: their output is not read. The tower stays in evaluation mode
+    whatever ``train()`` is called on its parents.
+    """
+
+    def __init__(self, vision: VisionConfig, table: LayerTable):
+        super().__init__()
+        config_class, model_class = _HUGGING_FACE_CLASSES[vision.family]
+        config = config_class(
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            num_hidden_layers=table.deepest,
+            num_attention_heads=vision.num_attention_heads,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+        )
+        if vision.family == "siglip":
+            config.vision_use_head = False
+        self.model = model_class(config)
+        self.num_layers = table.deepest
+        self.num_prefix_tokens = vision.num_prefix_tokens
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenVisionTower:
+        """Stay in evaluation mode: the tower does not train."""
+        return super().train(False)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take the weights of a whole tower, keyed as the Hugging Face model in memory; unused layers are left out."""
+        own = self.model.state_dict()
+        unused = [name for name in state if name not in own]
+        for name in unused:
+            above = "encoder.layers." in name and int(name.split("encoder.layers.")[1].split(".")[0]) >= self.num_layers
+            assert above or "post_layernorm" in name or "head." in name, f"vision tower has no place for {name}"
+        self.model.load_state_dict({name: state.get(name, own[name]) for name in own})
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Hidden states 0 .. deepest of the encoder as HF numbers them, without prefix tokens.
+
+        pixels [n, 3, H, W] in the dtype of the weights; each state [n, patches, hidden].
+        """
+        hidden = self.model.embeddings(pixels)
+        if hasattr(self.model, "pre_layrnorm"):
+            hidden = self.model.pre_layrnorm(hidden)
+        states = [hidden]
+        for layer in self.model.encoder.layers:
+            hidden = layer(hidden, attention_mask=None)
+            states.append(hidden)
+        return [state[:, self.num_prefix_tokens :] for state in states]

@@ -1,0 +1,212 @@
+"""The table of patches that lets megatron-core 0.19.2 run where its authors did not run it.
+
+Every row names its target, the replacement, the condition under which it applies and why. ``apply`` installs the rows
+whose condition holds, once; ``undo`` takes them out again (tests). A drift test checks that every target exists.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dc_megatron.runtime import cpu_device, device, installed
+from dc_megatron.runtime.adam import GroupStepAdam
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced attribute. ``replacement`` takes the original and returns what stands in for it."""
+
+    target: str  # "module:attribute.path"
+    replacement: Callable
+    condition: str  # a key of CONDITIONS
+    why: str
+
+
+def _constant(value) -> Callable:
+    return lambda original: value
+
+
+def _calling(function: Callable) -> Callable:
+    """A new function for every row: torch's compiler keeps a table of torch's functions and wants them distinct."""
+    return lambda original: lambda *args, **kwargs: function(*args, **kwargs)
+
+
+CONDITIONS: dict[str, Callable[[], bool]] = {
+    "no_cuda": lambda: not device.has_cuda(),
+    "no_te_and_no_apex": lambda: not (installed.has_transformer_engine() or installed.has_apex()),
+    "wheel_install": lambda: True,  # megatron-core comes as a wheel here; its pin is in the requirement files
+}
+
+_TENSOR_FACTORIES = (
+    *("arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like"),
+    *("rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
+)
+
+
+def _torch_rows() -> list[Patch]:
+    """Stand-ins inside torch, all for machines without CUDA."""
+    why_device = "megatron-core writes device='cuda' and passes torch.cuda.current_device()"
+    rows = [Patch(f"torch:{name}", cpu_device.with_device_on_cpu, "no_cuda", why_device) for name in _TENSOR_FACTORIES]
+    rows += [
+        Patch("torch:Tensor.to", cpu_device.moved_on_cpu, "no_cuda", why_device),
+        Patch("torch:nn.Module.to", cpu_device.moved_on_cpu, "no_cuda", why_device),
+        Patch("torch:Tensor.cuda", _calling(cpu_device.itself), "no_cuda", why_device),
+        Patch("torch:nn.Module.cuda", _calling(cpu_device.itself), "no_cuda", why_device),
+        Patch("torch:Tensor.pin_memory", _calling(cpu_device.itself), "no_cuda", "there is no pinned memory"),
+        Patch(
+            "torch:Tensor.type",
+            cpu_device.cuda_type_names,
+            "no_cuda",
+            "the optimizer sorts parameters by 'torch.cuda.FloatTensor' and the like",
+        ),
+    ]
+    stand_ins = {
+        "current_device": cpu_device.cpu_device,
+        "device_count": cpu_device.one,
+        "set_device": cpu_device.nothing,
+        "synchronize": cpu_device.nothing,
+        "empty_cache": cpu_device.nothing,
+        "_lazy_init": cpu_device.nothing,
+        "ipc_collect": cpu_device.nothing,
+        "reset_peak_memory_stats": cpu_device.nothing,
+        "current_stream": cpu_device.current_stream,
+        "default_stream": cpu_device.current_stream,
+        "set_stream": cpu_device.nothing,
+        "stream": cpu_device.stream_context,
+        "Stream": cpu_device.Stream,
+        "Event": cpu_device.Event,
+        "manual_seed": cpu_device.manual_seed,
+        "manual_seed_all": cpu_device.manual_seed,
+        "get_rng_state": cpu_device.get_rng_state,
+        "set_rng_state": cpu_device.set_rng_state,
+        "random.manual_seed": cpu_device.manual_seed,
+        "random.get_rng_state": cpu_device.get_rng_state,
+        "random.set_rng_state": cpu_device.set_rng_state,
+        "memory_stats": cpu_device.empty_dictionary,
+        "memory_allocated": cpu_device.zero,
+        "max_memory_allocated": cpu_device.zero,
+        "memory_reserved": cpu_device.zero,
+        "max_memory_reserved": cpu_device.zero,
+        "get_device_properties": cpu_device.device_properties,
+        "get_device_capability": cpu_device.device_capability,
+    }
+    why_cuda = "megatron-core calls it without asking whether there is CUDA"
+    for name, value in stand_ins.items():
+        replacement = _constant(value) if isinstance(value, type) else _calling(value)
+        rows.append(Patch(f"torch.cuda:{name}", replacement, "no_cuda", why_cuda))
+    return rows
+
+
+def _allow_no_cuda(original):
+    return functools.partial(original, allow_no_cuda=True)
+
+
+CORE_ROWS = [
+    *_torch_rows(),
+    Patch(
+        "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+        _calling(cpu_device.set_rng_state),
+        "no_cuda",
+        "it reaches into torch.cuda.default_generators, which is empty",
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+        lambda original: lambda device="cuda", clone=False, graph_safe=False: cpu_device.get_rng_state(),
+        "no_cuda",
+        "as _set_cuda_rng_state",
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
+        lambda original: lambda mp_mode="spawn": queue.Queue(),
+        "no_cuda",
+        "a spawned multiprocessing.Manager imports everything anew: 20 s on a small CPU; a synchronous save stays in"
+        " one process",
+    ),
+    Patch(
+        "megatron.core.optimizer:Adam",
+        _constant(GroupStepAdam),
+        "no_te_and_no_apex",
+        "torch's per-parameter step counters break saving and resuming with the distributed optimizer (see adam.py)",
+    ),
+    Patch(
+        "megatron.core.optimizer:USING_PYTORCH_OPTIMIZER",
+        _constant(False),
+        "no_te_and_no_apex",
+        "selects the class above",
+    ),
+    Patch(
+        "megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE",
+        _constant(True),
+        "no_te_and_no_apex",
+        "the state layout is FusedAdam's",
+    ),
+    Patch(
+        "megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER",
+        _constant(True),
+        "no_te_and_no_apex",
+        "aligns the step of parameter groups that are empty on some rank",
+    ),
+]
+
+TRAINING_ROWS = [
+    Patch(
+        "megatron.training.training:initialize_megatron",
+        _allow_no_cuda,
+        "no_cuda",
+        "its first line asserts torch.cuda.is_available()",
+    ),
+    Patch(
+        "megatron.training.training:set_jit_fusion_options",
+        _calling(cpu_device.nothing),
+        "no_cuda",
+        "compiles GPU fusions that no CPU run uses",
+    ),
+    Patch(
+        "megatron.training.initialize:_compile_dependencies",
+        _calling(cpu_device.nothing),
+        "wheel_install",
+        "runs make where the wheel ships no Makefile; its compiled helper serves GPT data sets, which we do not use",
+    ),
+]
+
+_originals: list[tuple[object, str, object]] = []
+_applied: set[str] = set()
+
+
+def resolve(target: str) -> tuple[object, str]:
+    """The object that holds the attribute of ``target`` and the attribute's name."""
+    module_name, _, path = target.partition(":")
+    holder = importlib.import_module(module_name)
+    *parents, name = path.split(".")
+    for parent in parents:
+        holder = getattr(holder, parent)
+    return holder, name
+
+
+def apply(training: bool = False) -> list[str]:
+    """Install the rows whose condition holds; with ``training`` those of megatron.training as well.
+
+    Returns the targets that are patched now. Calling again adds only what is missing. Modules of megatron are imported
+    here: import dc_megatron.runtime.patches before megatron, and call this before building anything.
+    """
+    for row in CORE_ROWS + (TRAINING_ROWS if training else []):
+        if row.target in _applied or not CONDITIONS[row.condition]():
+            continue
+        holder, name = resolve(row.target)
+        original = getattr(holder, name)
+        _originals.append((holder, name, original))
+        setattr(holder, name, row.replacement(original))
+        _applied.add(row.target)
+    return sorted(_applied)
+
+
+def undo() -> None:
+    """Put every original back, last first."""
+    while _originals:
+        holder, name, original = _originals.pop()
+        setattr(holder, name, original)
+    _applied.clear()

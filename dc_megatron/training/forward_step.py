@@ -1,0 +1,53 @@
+"""One micro-batch through the model, and its loss as the schedule wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+LOSS_NAME = "lm loss"
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The tensors of a batch on ``device``. ``cu_seqlens`` follows only to a GPU: kernels read it there."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def make_forward_step(
+    device: torch.device, loss_reduction: str = "token", on_batch: Callable[[dict], None] | None = None
+) -> Callable:
+    """``forward_step(data_iterator, model)`` for megatron-core's schedules.
+
+    loss_reduction "token" needs ``calculate_per_token_loss`` in the model's config: the schedule divides gradients by
+    the supervised tokens of the whole global batch. "microbatch" takes the mean of each micro-batch, as the original.
+    ``on_batch`` is told the counts of every micro-batch.
+    """
+    loss_function = {"token": _token_loss, "microbatch": _microbatch_loss}[loss_reduction]
+
+    def forward_step(data_iterator: Iterator[dict], model) -> tuple[Tensor, Callable]:
+        batch = next(data_iterator)
+        if on_batch is not None:
+            on_batch(batch["counts"])
+        return model(to_device(batch, device)), partial(loss_function)
+
+    return forward_step
+
+
+def _report(losses: Tensor) -> dict:
+    """Sum and count: the engine adds both up over micro-batches and data-parallel ranks before it divides."""
+    return {LOSS_NAME: torch.stack([losses.detach().sum(), losses.new_tensor(losses.numel())])}
+
+
+def _token_loss(losses: Tensor) -> tuple[Tensor, Tensor, dict]:
+    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    return losses.sum(), count, _report(losses)
+
+
+def _microbatch_loss(losses: Tensor) -> tuple[Tensor, dict]:
+    return losses.sum() / max(losses.numel(), 1), _report(losses)

@@ -1,0 +1,28 @@
+"""The description of one training run of a parity test, light enough for the test process itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run on one layout. ``micro_batches`` holds all micro-batches of the global batch, a list a step."""
+
+    language_folder: str
+    vision_folder: str
+    micro_batches: list
+    connector_type: str = "dci"
+    trainable: str = "connector,llm"
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int | None = None
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    lr: float = 1e-3
+    packed: bool = False
+    bf16: bool = False
+    recompute: bool = False
+    connector_state: dict = field(default_factory=dict)
+    fault: str | None = None

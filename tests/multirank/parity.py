@@ -1,0 +1,123 @@
+"""What parity tests share: batches, the reference's run, and the comparison with what the ranks hand back."""
+
+from __future__ import annotations
+
+import torch
+
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, image_tokens, padded_vocab_size
+from dc_megatron.reference.model import ReferenceModel
+from dc_megatron.reference.train import Recipe, train
+from dc_megatron.weights.language_tables import find_rule, language_table
+from dc_megatron.weights.rules import to_hugging_face
+from tests.helpers.reference_batches import make_batch
+from tests.multirank.job import Job
+
+# fp32 sums of some hundred terms in another order: one part in 10^7 each, with two orders of room.
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-5
+# Twenty Adam steps amplify the rounding of tiny gradients, whose sign is the step.
+CURVE_TOLERANCE = 2e-5
+DELTA_TOLERANCE = 2e-3
+SEQUENCE = 112
+
+
+def make_rows(image_counts: list[int], seed: int, vocabulary: int = 1003) -> list:
+    """Samples with the given numbers of images in between stretches of text; the last id of the vocabulary occurs."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for number, count in enumerate(image_counts):
+        sample = []
+        for image in range(count):
+            sample.append(("text", torch.randint(3, vocabulary, (3,), generator=generator).tolist()))
+            sample.append(("image", seed * 100 + number * 10 + image))
+        sample.append(("text", [*torch.randint(3, vocabulary, (12,), generator=generator).tolist(), vocabulary - 1]))
+        rows.append(sample)
+    return rows
+
+
+def make_step(counts: list[list[int]], vision: VisionConfig, connector: ConnectorConfig, seed: int = 0) -> list[dict]:
+    """The micro-batches of one global batch; ``counts`` gives the images of every row of every micro-batch."""
+    tokens = image_tokens(vision, connector)
+    return [
+        make_batch(
+            make_rows(rows, seed * 1000 + number),
+            SEQUENCE,
+            tokens_per_image=tokens,
+            image_size=vision.image_size,
+        )
+        for number, rows in enumerate(counts)
+    ]
+
+
+def connector_state(vision: VisionConfig, connector: ConnectorConfig, width: int) -> dict[str, torch.Tensor]:
+    """Projector weights that are neither implementation's default."""
+    generator = torch.Generator().manual_seed(11)
+    size = connector.input_size(vision)
+    shapes = {
+        "mlp.0.weight": (width, size),
+        "mlp.0.bias": (width,),
+        "mlp.2.weight": (width, width),
+        "mlp.2.bias": (width,),
+    }
+    return {name: torch.randn(*shape, generator=generator) * 0.05 for name, shape in shapes.items()}
+
+
+def run_reference(job: Job) -> dict:
+    """Losses by step, first-step gradients, start and end parameters of ``job`` in plain Hugging Face / PyTorch."""
+    vision = VisionConfig.from_folder(job.vision_folder)
+    model = ReferenceModel(job.vision_folder, job.language_folder, vision, ConnectorConfig(job.connector_type))
+    model.connector.load_state_dict(job.connector_state)
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    steps = train(model, job.micro_batches, Recipe(learning_rate=job.lr, trainable=job.trainable))
+    return {
+        "losses": [step.loss for step in steps],
+        "gradients": {_plain(name): grad for name, grad in steps[0].grads.items()},
+        "start": {_plain(name): value for name, value in start.items()},
+        "parameters": {_plain(name): value.detach() for name, value in model.named_parameters()},
+    }
+
+
+def _plain(name: str) -> str:
+    """The reference's parameter names as the language model's own (``model.layers...``) or ``connector.*``."""
+    return name.removeprefix("language_model.")
+
+
+def merge(job: Job, results: list[dict], what: str) -> dict[str, torch.Tensor]:
+    """Full tensors under Hugging Face names from the shards that the ranks returned."""
+    language = LanguageConfig.from_folder(job.language_folder)
+    table = language_table(language, padded_vocab_size(language.vocab_size, job.tensor))
+    shards: dict[str, dict[int, torch.Tensor]] = {}
+    for result in results:
+        if result["data_rank"] == 0:
+            for name, value in result[what].items():
+                shards.setdefault(name, {})[result["tensor_rank"]] = value
+    full = {}
+    for name, by_rank in shards.items():
+        ordered = [by_rank[rank] for rank in range(job.tensor)]
+        if name.startswith("connector."):
+            for other in ordered[1:]:
+                assert torch.equal(ordered[0], other), f"{name} differs between tensor-parallel ranks"
+            full[name] = ordered[0]
+        else:
+            rule, layer = find_rule(table, name)
+            full.update(to_hugging_face(rule, layer, ordered))
+    return full
+
+
+def worst_difference(ours: dict, reference: dict, floor: float = 1e-9) -> tuple[float, str]:
+    """Largest ||a - b|| / max(||b||, floor) over the reference's tensors, and its name. Every tensor must be there."""
+    missing = [name for name in reference if name not in ours]
+    assert not missing, f"no rank returned {missing}"
+    worst = (0.0, "")
+    for name, expected in reference.items():
+        difference = (ours[name].double() - expected.double()).norm() / max(expected.double().norm(), floor)
+        worst = max(worst, (float(difference), name))
+    return worst
+
+
+def losses(results: list[dict]) -> list[float]:
+    """The losses as the last pipeline stage saw them, the same on all of its ranks."""
+    seen = [result["losses"] for result in results if result["losses"][0] is not None]
+    for other in seen[1:]:
+        assert other == seen[0], "ranks disagree about the loss"
+    return seen[0]

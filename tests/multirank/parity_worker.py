@@ -1,0 +1,189 @@
+"""What the ranks of a parity test do: build the sharded model, run megatron-core's schedule, hand the tensors back."""
+
+from __future__ import annotations
+
+import torch
+
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, padded_vocab_size
+from dc_megatron.inference.assemble import build_model, global_name, load_language_model, load_vision_tower
+from dc_megatron.model.language_model import Layout, transformer_config
+from dc_megatron.runtime import parallel
+from dc_megatron.training.forward_step import make_forward_step
+from tests.multirank.job import Job
+
+
+def share_pixels(batch: dict, rank: int, size: int) -> dict:
+    """The batch as the data room delivers it to one tensor-parallel rank: with its share of the pixels only."""
+    share = -(-batch["num_images"] // size)
+    return {**batch, "pixel_values": batch["pixel_values"][rank * share : (rank + 1) * share]}
+
+
+def _seed_fault(fault: str | None, model) -> None:
+    """Break the model on purpose: the comparison must notice."""
+    from dc_megatron.config import LayerTable
+    from dc_megatron.model import loss_head
+
+    if fault == "wrong layer index" and model.connector is not None:
+        table = model.layer_table
+        group = (table.groups[0][0] + 1, *table.groups[0][1:])
+        model.layer_table = LayerTable(table.final, (group, *table.groups[1:]))
+    elif fault == "unmasked padded column":
+        loss_head.mask_padded_columns = lambda logits, vocab_size, group: logits
+    elif fault == "missing tensor-parallel reduction":
+        loss_head.copy_to_tensor_model_parallel_region = lambda hidden, group=None: hidden
+
+
+def build(job: Job):
+    """The model chunks of this rank, filled from the folders, with the trainable parts set."""
+    from megatron.core import parallel_state as mpu
+
+    language = LanguageConfig.from_folder(job.language_folder)
+    vision = VisionConfig.from_folder(job.vision_folder)
+    connector = ConnectorConfig(job.connector_type)
+    layout = Layout(
+        job.tensor,
+        job.pipeline,
+        job.virtual,
+        job.sequence_parallel,
+        torch.bfloat16 if job.bf16 else torch.float32,
+    )
+    config = transformer_config(language, layout)
+    config.use_cpu_initialization = False
+    if job.recompute:
+        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
+    rows = padded_vocab_size(language.vocab_size, job.tensor)
+    chunks = []
+    for stage in range(job.virtual or 1):
+        vp_stage = stage if job.virtual else None
+        model = build_model(
+            language,
+            vision,
+            connector,
+            config,
+            vocab_rows=rows,
+            max_sequence_length=2048,
+            transformer_engine=False,
+            seed=1,
+            packed=job.packed,
+            pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        )
+        load_language_model(model, language, rows)
+        load_vision_tower(model, vision)
+        if model.connector is not None and job.connector_state:
+            model.connector.load_state_dict(job.connector_state)
+        model.set_trainable(set(job.trainable.split(",")))
+        _seed_fault(job.fault, model)
+        chunks.append(model)
+    return config, chunks
+
+
+def _named_tensors(chunks: list, of) -> dict:
+    """Language-model tensors by global name and connector tensors by ``connector.*``, where ``of`` gives one."""
+    found = {}
+    for model in chunks:
+        for name, parameter in model.language_model.named_parameters():
+            if of(parameter) is not None:
+                found[global_name(model, name)] = of(parameter).detach().float().clone()
+        if model.connector is not None:
+            for name, parameter in model.connector.named_parameters():
+                if of(parameter) is not None:
+                    found[f"connector.{name}"] = of(parameter).detach().float().clone()
+    return found
+
+
+def train(job: Job) -> dict:
+    """Run ``job`` on this rank: losses by step, first-step gradients and final parameters of this rank's shards."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.utils import get_model_config
+
+    from dc_megatron.model import loss_head
+
+    untouched = dict(vars(loss_head))
+    parallel.start(job.tensor, job.pipeline, job.virtual)
+    try:
+        config, models = build(job)
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=job.overlap_grad_reduce,
+            use_distributed_optimizer=job.distributed_optimizer,
+            bucket_size=2000 if job.overlap_grad_reduce else None,
+        )
+        chunks = [Float16Module(config, model) for model in models] if job.bf16 else models
+        chunks = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=job.lr,
+                weight_decay=0.0,
+                adam_beta1=0.9,
+                adam_beta2=0.999,
+                adam_eps=1e-8,
+                clip_grad=1.0,
+                bf16=job.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=job.distributed_optimizer,
+            ),
+            chunks,
+        )
+        config = get_model_config(chunks[0])
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = optimizer.scale_loss
+        if job.overlap_grad_reduce:
+            syncs = [chunk.no_sync for chunk in chunks]
+            config.no_sync_func = syncs if len(chunks) > 1 else syncs[0]
+        forward_step = make_forward_step(torch.device("cpu"))
+        data_rank, data_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        tensor_rank = mpu.get_tensor_model_parallel_rank()
+        losses, norms, gradients = [], [], {}
+        for number, step in enumerate(job.micro_batches):
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
+            mine = [share_pixels(batch, tensor_rank, job.tensor) for batch in step[data_rank::data_size]]
+            iterators = [iter(mine) for _ in chunks]
+            reported = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(chunks) > 1 else iterators[0],
+                model=chunks if len(chunks) > 1 else chunks[0],
+                num_microbatches=len(mine),
+                seq_length=mine[0]["input_ids"].shape[1],
+                micro_batch_size=mine[0]["input_ids"].shape[0],
+                forward_only=False,
+            )
+            if number == 0:
+                gradients = _named_tensors(models, lambda p: getattr(p, "main_grad", None))
+            _, norm, _ = optimizer.step()
+            norms.append(norm)
+            losses.append(_global_loss(reported))
+        return {
+            "tensor_rank": tensor_rank,
+            "pipeline_rank": mpu.get_pipeline_model_parallel_rank(),
+            "data_rank": data_rank,
+            "losses": losses,
+            "grad_norms": norms,
+            "gradients": gradients,
+            "parameters": _named_tensors(models, lambda p: p),
+        }
+    finally:
+        vars(loss_head).update(untouched)
+
+
+def _global_loss(reported: list[dict]) -> float | None:
+    """Mean over the supervised tokens of the global batch; None off the last stage."""
+    from megatron.core import parallel_state as mpu
+
+    if not reported:
+        return None
+    total = torch.stack([entry["lm loss"] for entry in reported]).sum(dim=0)
+    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
+    return float(total[0] / total[1])

@@ -1,0 +1,156 @@
+"""The sharded model against plain Hugging Face / PyTorch in fp32: features, losses, gradients, training curves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
+from tests.helpers.tiny_models import tiny_clip, tiny_llama, tiny_siglip
+from tests.multirank import parity
+from tests.multirank.job import Job
+
+TRAIN = "tests.multirank.parity_worker:train"
+STEPS = 20
+LAYOUTS = {
+    "TP1": {},
+    "TP2": {"tensor": 2},
+    "PP2": {"pipeline": 2},
+    "TP2+SP": {"tensor": 2, "sequence_parallel": True},
+    "TP2xPP2": {"tensor": 2, "pipeline": 2},
+    "DP2+distributed-optimizer": {"distributed_optimizer": True},
+}
+WORLD = {"TP1": 1, "TP2": 2, "PP2": 2, "TP2+SP": 2, "TP2xPP2": 4, "DP2+distributed-optimizer": 2}
+STAGES = {"stage 1": "connector", "stage 2": "connector,llm"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "llama": tiny_llama(root / "llama", vocab=1003),
+        "tied": tiny_llama(root / "tied", vocab=1003, tied=True, rope_factor=8.0, layers=2),
+        "clip": tiny_clip(root / "clip"),
+        "siglip": tiny_siglip(root / "siglip"),
+    }
+
+
+def make_job(folders, language="llama", tower="clip", connector="dci", counts=((1, 3), (2, 0)), steps=1, **settings):
+    vision, settings_connector = VisionConfig.from_folder(folders[tower]), ConnectorConfig(connector)
+    width = LanguageConfig.from_folder(folders[language]).hidden_size
+    batches = parity.make_step([list(rows) for rows in counts], vision, settings_connector)
+    return Job(
+        language_folder=folders[language],
+        vision_folder=folders[tower],
+        micro_batches=[batches] * steps,
+        connector_type=connector,
+        connector_state=parity.connector_state(vision, settings_connector, width),
+        **settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def reference_curves(folders):
+    """The reference's run of both stages, shared by all layouts."""
+    return {
+        trainable: parity.run_reference(make_job(folders, steps=STEPS, trainable=trainable))
+        for trainable in STAGES.values()
+    }
+
+
+def assert_first_step_equal(job, results, reference):
+    difference = abs(parity.losses(results)[0] - reference["losses"][0])
+    assert difference <= parity.LOSS_TOLERANCE, f"loss differs by {difference}"
+    worst, name = parity.worst_difference(parity.merge(job, results, "gradients"), reference["gradients"])
+    assert worst <= parity.GRADIENT_TOLERANCE, f"gradient of {name} differs by {worst:.2e}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_twenty_steps_equal_the_reference(workers, folders, reference_curves, layout, stage):
+    job = make_job(folders, steps=STEPS, trainable=STAGES[stage], **LAYOUTS[layout])
+    reference = reference_curves[job.trainable]
+    results = workers.run(TRAIN, WORLD[layout], job)
+    if job.distributed_optimizer:
+        # Each rank keeps its reduced share of the gradients only; the curve and the deltas cover them.
+        assert abs(parity.losses(results)[0] - reference["losses"][0]) <= parity.LOSS_TOLERANCE
+    else:
+        assert_first_step_equal(job, results, reference)
+    ours = parity.losses(results)
+    worst = max(abs(a - b) for a, b in zip(ours, reference["losses"], strict=True))
+    assert worst <= parity.CURVE_TOLERANCE, f"curves part by {worst}"
+    assert ours[0] - ours[-1] >= 0.5, f"the loss fell from {ours[0]} to {ours[-1]} only"
+    moved = {n: p - reference["start"][n] for n, p in reference["parameters"].items() if n in reference["gradients"]}
+    final = parity.merge(job, results, "parameters")
+    ours_moved = {name: final[name] - reference["start"][name] for name in moved}
+    worst, name = parity.worst_difference(ours_moved, moved)
+    assert worst <= parity.DELTA_TOLERANCE, f"change of {name} over {STEPS} steps differs by {worst:.2e}"
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("connector", ["sti", "sci", "dci", "none"])
+def test_every_connector_and_tower_at_tp2(workers, folders, connector, tower):
+    job = make_job(folders, tower=tower, connector=connector, tensor=2)
+    assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["TP2", "PP2"])
+def test_tied_head_and_llama3_rope(workers, folders, layout):
+    job = make_job(folders, language="tied", **layout)
+    assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
+
+
+def test_virtual_pipeline(workers, folders):
+    job = make_job(folders, pipeline=2, virtual=2)
+    assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
+
+
+def test_full_recompute_changes_nothing(workers, folders):
+    job = make_job(folders, tensor=2, recompute=True)
+    assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["TP2", "PP2", "DP2"])
+def test_batches_with_and_without_images_under_overlapped_reduction(workers, folders, layout, stage):
+    """Three iterations with other mixes: all text, mixed, and a last micro-batch without images."""
+    job = make_job(folders, trainable=STAGES[stage], overlap_grad_reduce=True, **layout)
+    vision, connector = VisionConfig.from_folder(folders["clip"]), ConnectorConfig("dci")
+    mixes = [[[3, 1], [0, 0]], [[0, 0], [0, 0]], [[0, 3], [1, 0]], [[1, 0], [0, 0]]]
+    steps = [parity.make_step(mix, vision, connector, seed=i + 1) for i, mix in enumerate(mixes)]
+    job = replace(job, micro_batches=steps)
+    reference = parity.run_reference(job)
+    ours = parity.losses(workers.run(TRAIN, 2, job))
+    worst = max(abs(a - b) for a, b in zip(ours, reference["losses"], strict=True))
+    assert worst <= parity.CURVE_TOLERANCE, f"losses {ours} and {reference['losses']}"
+
+
+@pytest.mark.parametrize("fault", ["wrong layer index", "unmasked padded column", "missing tensor-parallel reduction"])
+def test_a_seeded_fault_is_noticed(workers, folders, fault):
+    job = make_job(folders, tensor=2, fault=fault)
+    results = workers.run(TRAIN, 2, job)
+    with pytest.raises(AssertionError, match="differs"):
+        assert_first_step_equal(job, results, parity.run_reference(job))
+
+
+def test_packed_rows_equal_separate_rows(workers, folders):
+    """Two samples in one row attend and count positions separately."""
+    from tests.helpers.reference_batches import make_batch
+
+    job = make_job(folders, tensor=2, sequence_parallel=True, packed=True)
+    rows = parity.make_rows([1, 0, 2], seed=5)
+    packed = make_batch([rows], 2 * parity.SEQUENCE, tokens_per_image=16, packed=True)
+    job = replace(job, micro_batches=[[packed]])
+    reference = parity.run_reference(job)
+    apart = make_batch(rows, parity.SEQUENCE, tokens_per_image=16)
+    assert abs(parity.run_reference(replace(job, micro_batches=[[apart]]))["losses"][0] - reference["losses"][0]) < 1e-6
+    assert_first_step_equal(job, workers.run(TRAIN, 2, job), reference)
+
+
+def test_bf16_stays_near_fp32(workers, folders):
+    """bf16 keeps 8 bits of mantissa: the loss of a few layers agrees to about 2^-8 of its size."""
+    job = make_job(folders, steps=3, tensor=2, bf16=True, distributed_optimizer=True)
+    reference = parity.run_reference(replace(job, bf16=False))
+    for ours, expected in zip(parity.losses(workers.run(TRAIN, 2, job)), reference["losses"], strict=True):
+        assert abs(ours - expected) <= 0.03 * expected
