@@ -53,10 +53,12 @@ PARALLEL_FLAGS=(
 )
 launch "${MODEL_FLAGS[@]}" "${DATA_FLAGS[@]}" "${BATCH_FLAGS[@]}" "${RECIPE_FLAGS[@]}" "${OUTPUT_FLAGS[@]}" \
   "${PARALLEL_FLAGS[@]}" "$@"
-":"""
+: <<'#PYTHON'
+"""
 # Only torchrun gets here: it starts this file with Python in every process. Bash has left with launch above.
 import os
 import sys
 
 os.environ["DC_TORCHRUN_PYTHON"] = sys.executable
 os.execvp("bash", ["bash", os.path.abspath(__file__), *sys.argv[1:]])
+#PYTHON

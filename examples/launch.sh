@@ -30,9 +30,10 @@ if [ -n "${LOCAL_RANK:-}" ]; then
 else
   # Two processes on a machine without a GPU: tensor parallelism on the CPU.
   processes_per_node="${GPUS_PER_NODE:-$((gpus > 0 ? gpus : 2))}"
+  [[ "$processes_per_node ${NNODES:-1}" =~ ^[1-9][0-9]*\ [1-9][0-9]*$ ]] ||
+    fail "GPUS_PER_NODE=$processes_per_node NNODES=${NNODES:-1}: must be numbers above 0"
   world_size=$((processes_per_node * ${NNODES:-1}))
 fi
-[[ "$world_size" =~ ^[1-9][0-9]*$ ]] || fail "GPUS_PER_NODE=${GPUS_PER_NODE:-} NNODES=${NNODES:-}: must be numbers above 0"
 
 pipeline_parallel="${PIPELINE_PARALLEL:-1}"
 tensor_parallel="${TENSOR_PARALLEL:-$((processes_per_node % 2 == 0 ? 2 : 1))}"

@@ -1,0 +1,191 @@
+"""Batch sizes, steps, warm-up, row length and the shape flags."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from dc_megatron.config import LanguageConfig
+from dc_megatron.errors import UserError
+from dc_megatron.training.arguments import backend_argv, engine_argv, finish, megatron_shape_argv, plan_steps
+from dc_megatron.training.argv import translate
+from tests.helpers.language_shapes import LLAMA
+
+
+def plan(line: str, samples: int | None = 1000, world: int = 1):
+    return plan_steps(translate(shlex.split(line)).settings, samples, world)
+
+
+def shape(line: str = "", language: LanguageConfig = LLAMA) -> list[str]:
+    translation = translate(shlex.split(line))
+    return megatron_shape_argv(language, translation.settings, translation.megatron_argv)
+
+
+def options(words: list[str]) -> dict[str, str | None]:
+    return {
+        word: (words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith("--") else None)
+        for i, word in enumerate(words)
+        if word.startswith("--")
+    }
+
+
+@pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 4"])
+def test_the_global_batch_is_in_samples_per_device_whatever_the_layout(layout):
+    got = plan(f"--per_device_train_batch_size 4 --gradient_accumulation_steps 3 {layout}", world=8)
+    assert (got.global_batch_size, got.micro_batch_size) == (96, 4)
+    assert got.accumulation_steps * got.data_parallel_size * got.micro_batch_size == 96
+
+
+def test_megatrons_batch_names():
+    got = plan("--global-batch-size 64 --micro-batch-size 4 --tensor-model-parallel-size 2", world=8)
+    assert (got.global_batch_size, got.micro_batch_size, got.accumulation_steps) == (64, 4, 4)
+    # A smaller micro batch changes how the same samples are divided, not how many there are.
+    assert plan("--per_device_train_batch_size 16 --micro-batch-size 4").global_batch_size == 16
+    assert plan("--per_device_train_batch_size 8 --global-batch-size 16", world=2).global_batch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("line", "world", "words"),
+    [
+        ("--global-batch-size 64 --per_device_train_batch_size 4", 2, ["64", "contradicts", "4 x", "x 2", "= 8"]),
+        ("--global-batch-size 10 --micro-batch-size 4", 1, ["10", "micro batch 4 x 1", "1, 2, 5, 10"]),
+        ("--global-batch-size 3 --micro-batch-size 1", 2, ["3", "1 x 2", "raise the global batch"]),
+        ("--per_device_train_batch_size 6 --micro-batch-size 4", 1, ["= 6", "4 x 1", "1, 2, 3, 6"]),
+        ("--tensor-model-parallel-size 2", 3, ["3 processes", "2 x", "multiple of 2"]),
+        ("--pipeline-model-parallel-size 4", 2, ["2 processes", "x --pipeline-model-parallel-size 4 = 4"]),
+        (
+            "--seq-length 255 --model_max_length 255 --tensor-model-parallel-size 2 --sequence-parallel",
+            2,
+            ["255", "256"],
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_the_numbers(line, world, words):
+    with pytest.raises(UserError) as refused:
+        plan(line, world=world)
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "samples", "steps"),
+    [
+        ("--per_device_train_batch_size 10", 1000, 100),
+        ("--per_device_train_batch_size 10", 1001, 101),
+        ("--per_device_train_batch_size 10 --num_train_epochs 2.5", 1000, 250),
+        ("--per_device_train_batch_size 10 --max_steps 7 --num_train_epochs 3", 1000, 7),
+        ("--per_device_train_batch_size 10 --max_steps -1 --num_train_epochs 3", 1000, 300),
+        ("--train-iters 9", None, 9),
+    ],
+)
+def test_steps(line, samples, steps):
+    assert plan(line, samples).train_iters == steps
+
+
+def test_no_samples_is_refused():
+    with pytest.raises(UserError, match=r"--data_path d.json: there are no samples"):
+        plan("--data_path d.json", samples=0)
+
+
+@pytest.mark.parametrize(
+    ("line", "warmup"),
+    [
+        ("--max_steps 1000 --warmup_ratio 0.03", 30),
+        ("--max_steps 1001 --warmup_ratio 0.03", 31),
+        ("--max_steps 1000 --lr-warmup-fraction 0.03", 30),
+        ("--max_steps 1000 --warmup_ratio 0.03 --warmup_steps 5", 5),
+        ("--max_steps 1000 --warmup_ratio 0.03 --lr_scheduler_type constant", 0),
+        ("--max_steps 1000 --warmup_ratio 0.03 --lr_scheduler_type constant_with_warmup", 30),
+        ("--max_steps 1000", 0),
+    ],
+)
+def test_warmup(line, warmup):
+    assert plan(line).warmup_iters == warmup
+
+
+def test_a_run_that_is_all_warmup_keeps_the_schedulers_rule():
+    got = plan("--max_steps 1 --warmup_ratio 0.03")
+    assert got.warmup_iters < got.decay_iters
+
+
+def test_row_length():
+    assert plan("--model_max_length 100").seq_length == 100
+    assert plan("--model_max_length 100 --seq-length 128").seq_length == 128
+    got = plan("--model_max_length 101 --tensor-model-parallel-size 2 --sequence-parallel", world=2)
+    assert got.seq_length == 102
+    assert any("102" in note for note in got.notes)
+    assert plan("--model_max_length 101 --tensor-model-parallel-size 2", world=2).seq_length == 101
+
+
+def test_finish_hands_over_the_plan():
+    line = "--max_steps 10 --lr_scheduler_type constant_with_warmup --output_dir o --save_strategy no --load l"
+    got = options(finish(translate(shlex.split(line)).settings, None, 1))
+    assert got["--train-iters"] == got["--lr-decay-iters"] == got["--save-interval"] == "10"
+    assert (got["--lr-decay-style"], got["--save"]) == ("constant", "o")
+    assert "--exit-on-missing-checkpoint" in got
+    assert "--save" not in options(finish(translate(["--max_steps", "1"]).settings, None, 1))
+
+
+def test_what_was_typed_comes_last():
+    translation = translate(["--max_steps", "1", "--lr-decay-iters", "77"])
+    words = engine_argv(translation, LLAMA, None, 1, backend_argv(False, False, False))
+    assert words[len(words) - 1 - words[::-1].index("--lr-decay-iters") + 1] == "77"
+
+
+def test_shape_comes_from_the_config():
+    got = options(shape())
+    assert (got["--num-layers"], got["--kv-channels"], got["--num-query-groups"]) == ("4", "16", "2")
+    assert (got["--rotary-base"], got["--rope-scaling-factor"]) == ("500000", "8.0")
+    assert "--untie-embeddings-and-output-weights" in got
+    plain = replace(LLAMA, num_key_value_heads=8, tie_word_embeddings=True, rope_scaling_factor=None)
+    assert not {"--num-query-groups", "--untie-embeddings-and-output-weights", "--use-rope-scaling"} & set(
+        options(shape("", plain))
+    )
+
+
+def test_positions_reach_the_row_even_when_rounded_up():
+    line = "--model_max_length 255 --tensor-model-parallel-size 2 --sequence-parallel"
+    assert int(options(shape(line))["--max-position-embeddings"]) >= plan(line, world=2).seq_length
+    assert options(shape("--model_max_length 64"))["--max-position-embeddings"] == "128"
+
+
+@pytest.mark.parametrize("line", ["--num-layers 4", "--norm-epsilon 0.000001", "--swiglu", "--num-query-groups 2"])
+def test_shape_flags_that_agree_are_accepted(line):
+    shape(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--num-layers 5", ["--num-layers 5", "config.json of tiny", "4"]),
+        ("--hidden_size 65", ["--hidden-size 65", "64"]),
+        ("--normalization LayerNorm", ["--normalization LayerNorm", "RMSNorm"]),
+        ("--qk-layernorm", ["--qk-layernorm", "config.json of tiny"]),
+        ("--tensor-model-parallel-size 4", ["4", "2 key-value heads", "1, 2"]),
+        ("--pipeline-model-parallel-size 3", ["3", "4 layers", "1, 2, 4"]),
+    ],
+)
+def test_shapes_that_contradict_the_config_are_refused(line, words):
+    with pytest.raises(UserError) as refused:
+        shape(line)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_an_uneven_split_is_the_users_business():
+    shape("--pipeline-model-parallel-size 3 --decoder-first-pipeline-num-layers 2")
+
+
+def test_a_rotary_base_that_the_engine_cannot_take_is_refused():
+    with pytest.raises(UserError, match=r"rope_theta 10000\.5"):
+        shape("", replace(LLAMA, rope_theta=10000.5))
+
+
+def test_backend():
+    cpu = options(backend_argv(cuda=False, transformer_engine=False, apex=False))
+    assert (cpu["--distributed-backend"], cpu["--transformer-impl"]) == ("gloo", "local")
+    assert {"--no-gradient-accumulation-fusion", "--no-bias-swiglu-fusion", "--no-rope-fusion"} <= set(cpu)
+    full = options(backend_argv(cuda=True, transformer_engine=True, apex=True))
+    assert full == {"--distributed-backend": "nccl", "--transformer-impl": "transformer_engine"}

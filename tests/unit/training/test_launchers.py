@@ -1,0 +1,125 @@
+"""The recipes as files: valid bash and valid Python, the same flags through bash and through torchrun."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPES = ["pretrain_dc.sh", "finetune_dc.sh"]
+OURS = ("GPUS_PER_NODE", "NNODES", "LOCAL_RANK", "RANK", "WORLD_SIZE", "MODEL", "DATA", "OUTPUT", "DC_DEVICE")
+
+
+def run(command: list[str], cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k not in OURS}
+    clean |= {"DC_PRINT_ARGV": "1", "GPUS_PER_NODE": "2", **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=clean, timeout=120)
+
+
+def by_bash(recipe: str, *flags: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    return run(["bash", str(ROOT / "examples" / recipe), *flags], cwd, **environment)
+
+
+def flags_of(done: subprocess.CompletedProcess) -> dict[str, str]:
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split("# for Megatron's parser")[0].splitlines()
+    return dict(line[2:].split(" ", 1) for line in lines if line.startswith("--"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_valid_python_and_valid_bash(recipe):
+    path = ROOT / "examples" / recipe
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a backslash in the bash part would be a bad escape for Python
+        ast.parse(path.read_text(encoding="utf-8"))
+    assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_bash_and_torchrun_give_the_same_flags(recipe, tmp_path):
+    extra = ["--max_steps", "3", "--output_dir", "a folder"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    under_torchrun = run([*torchrun, str(ROOT / "examples" / recipe), *extra], tmp_path)
+    assert under_torchrun.returncode == 0, under_torchrun.stderr
+    assert under_torchrun.stdout == by_bash(recipe, *extra).stdout
+    assert flags_of(under_torchrun)["output_dir"] == "'a folder'"
+
+
+def test_pretrain_is_the_originals_first_stage():
+    got = flags_of(by_bash("pretrain_dc.sh", GPUS_PER_NODE="8"))
+    recipe = {"version": "plain", "image_aspect_ratio": "square", "learning_rate": "0.001", "trainable": "connector"}
+    recipe |= {"per_device_train_batch_size": "32", "gradient_accumulation_steps": "1", "num_train_epochs": "1.0"}
+    recipe |= {"warmup_ratio": "0.03", "lr_scheduler_type": "cosine", "weight_decay": "0.0", "bf16": "True"}
+    recipe |= {"model_max_length": "2048", "mm_dense_connector_type": "dci", "mm_vision_select_layer": "-2"}
+    assert recipe.items() <= got.items()
+    assert "pretrain_mm_mlp_adapter" not in got
+
+
+def test_finetune_is_the_originals_second_stage_and_starts_from_the_first():
+    got = flags_of(by_bash("finetune_dc.sh", GPUS_PER_NODE="8"))
+    recipe = {"version": "v1", "image_aspect_ratio": "pad", "learning_rate": "2e-05", "trainable": "connector,llm"}
+    recipe |= {"per_device_train_batch_size": "16", "gradient_accumulation_steps": "1"}
+    assert recipe.items() <= got.items()
+    assert got["pretrain_mm_mlp_adapter"].startswith(flags_of(by_bash("pretrain_dc.sh"))["output_dir"] + "/")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "per_device", "accumulation"), [(1, 1, 32, 8), (2, 1, 32, 4), (8, 2, 16, 1), (4, 2, 32, 1)]
+)
+def test_the_global_batch_stays_256_on_any_number_of_processes(gpus, nodes, per_device, accumulation):
+    got = flags_of(by_bash("pretrain_dc.sh", GPUS_PER_NODE=str(gpus), NNODES=str(nodes)))
+    assert got["per_device_train_batch_size"] == str(per_device)
+    assert got["gradient_accumulation_steps"] == str(accumulation)
+    assert per_device * accumulation * gpus * nodes == 256
+
+
+def test_paths_and_sizes_come_from_the_environment_and_later_flags_count():
+    environment = {"MODEL": "m", "VISION_TOWER": "v", "DATA": "d.json", "IMAGE_FOLDER": "i", "OUTPUT": "o"}
+    environment |= {"GLOBAL_BATCH_SIZE": "4", "TENSOR_PARALLEL": "1", "LEARNING_RATE": "0.5", "BF16": "False"}
+    got = flags_of(by_bash("pretrain_dc.sh", "--learning-rate", "0.25", "--save", "other", **environment))
+    expected = {"model_name_or_path": "m", "vision_tower": "v", "data_path": "d.json", "image_folder": "i"}
+    expected |= {"output_dir": "other", "learning_rate": "0.25", "bf16": "False", "tensor_model_parallel_size": "1"}
+    assert expected.items() <= got.items()
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "words"),
+    [
+        ({}, ["--lerning_rate", "1"], "did you mean '--learning_rate'"),
+        ({}, ["--version", "vicuna"], "--version vicuna"),
+        ({"GLOBAL_BATCH_SIZE": "5"}, [], "GLOBAL_BATCH_SIZE=5: not divisible by 2"),
+        ({"PER_DEVICE_TRAIN_BATCH_SIZE": "3"}, [], "not a multiple of PER_DEVICE_TRAIN_BATCH_SIZE=3"),
+        ({"GPUS_PER_NODE": "none"}, [], "GPUS_PER_NODE"),
+    ],
+)
+@pytest.mark.parametrize("printing", ["1", ""])
+def test_what_is_wrong_is_said_once_before_anything_starts(environment, flags, words, printing):
+    done = by_bash("pretrain_dc.sh", *flags, **({"DC_PRINT_ARGV": printing} | environment))
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_bad_flag_under_torchrun_stops_it():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    done = run([*torchrun, str(ROOT / "examples" / "pretrain_dc.sh"), "--lerning_rate", "1"])
+    assert done.returncode != 0
+    assert done.stderr.count("did you mean '--learning_rate'") == 1
+
+
+def test_help_of_a_recipe_starts_nothing():
+    done = by_bash("pretrain_dc.sh", "--help", DC_PRINT_ARGV="")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage:")
+
+
+def test_two_processes_share_a_model_where_there_is_no_gpu():
+    got = flags_of(by_bash("pretrain_dc.sh", GPUS_PER_NODE="", DC_DEVICE="cpu"))
+    assert got["tensor_model_parallel_size"] == "2"
+    assert int(got["per_device_train_batch_size"]) * int(got["gradient_accumulation_steps"]) == 128
