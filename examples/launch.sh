@@ -76,7 +76,7 @@ launch() {
     exec "$python" -m dc_megatron.pretrain "$@"
   fi
   # Once, before there are many processes to complain.
-  "$python" -m dc_megatron.training.check_argv "$@" || exit $?
+  WORLD_SIZE="$world_size" "$python" -m dc_megatron.training.check_argv "$@" || exit $?
   for word in "$@"; do
     case "$word" in -h | --help | --help-megatron | --help_megatron) exit 0 ;; esac
   done

@@ -263,7 +263,8 @@ def _shape(language: LanguageConfig, settings: RunSettings) -> dict[str, list[st
 
 
 def backend_argv(cuda: bool, transformer_engine: bool, apex: bool) -> list[str]:
-    """Megatron's flags for what this machine has; ``transformer_engine`` and ``apex`` say that they can be used."""
+    """Megatron's flags for what this machine has; Transformer Engine and apex count only beside a GPU."""
+    transformer_engine, apex = transformer_engine and cuda, apex and cuda
     words = ["--distributed-backend", "nccl" if cuda else "gloo"]
     words += ["--transformer-impl", "transformer_engine" if transformer_engine else "local"]
     if not transformer_engine:

@@ -1,7 +1,8 @@
-"""``python -m dc_megatron.training.check_argv FLAGS``: are these flags right? Answers in a tenth of a second.
+"""``python -m dc_megatron.training.check_argv FLAGS``: would this run start? Answers in a tenth of a second.
 
-The launchers call it once before they start many processes. With DC_PRINT_ARGV=1 in the environment it prints the
-flags, each as it counts in the end, and what Megatron's parser gets of them.
+The launchers call it once before they start WORLD_SIZE processes, each of which would have to say what is wrong. With
+DC_PRINT_ARGV=1 in the environment it looks at no file, and prints the flags, each as it counts in the end, and what
+Megatron's parser gets of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from dc_megatron.errors import UserError
 from dc_megatron.training.argv import REQUIRED_FOR_TRAINING, Translation, translate
 from dc_megatron.training.flag_help import requested_help
+from dc_megatron.training.run import check
 
 
 def _described(translation: Translation) -> str:
@@ -36,12 +38,13 @@ def main(argv: list[str]) -> int:
         print(page)
         return 0
     try:
-        translation = translate(argv, required=REQUIRED_FOR_TRAINING)
+        if os.environ.get("DC_PRINT_ARGV") == "1":
+            print(_described(translate(argv, required=REQUIRED_FOR_TRAINING)))
+        else:
+            check(argv, int(os.environ.get("WORLD_SIZE", "1")))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if os.environ.get("DC_PRINT_ARGV") == "1":
-        print(_described(translation))
     return 0
 
 

@@ -111,7 +111,7 @@ _DATA = (
     Flag("data-order", str, "shuffled", "order of the samples of an epoch", DATA, choices=("shuffled", "sequential")),
     Flag("image-backend", str, "auto", "what decodes pictures", DATA, choices=("auto", "dali", "pil")),
     Flag("max-bad-sample-rate", float, 0.001, "stop when more than this share of the records is faulty", DATA),
-    Flag("index-folder", str, "", "where the index of the data is kept (default: the user's cache folder)", DATA),
+    Flag("index-folder", str, "", "where the index of the data is kept (default: OUTPUT/index)", DATA),
     Flag("dataloader_num_workers", int, 2, "loader processes", DATA, engine="--num-workers", handed_on=True),
     Flag("seed", int, 1234, "seed of data order and initialisation", DATA, engine="--seed", handed_on=True),
 )
@@ -169,7 +169,15 @@ _OPTIMIZER = (
 
 _OUTPUT = (
     Flag("output_dir", str, "", "checkpoints, projector, metrics and TensorBoard files", OUTPUT, engine="--save"),
-    Flag("load", str, "", "checkpoint folder to resume from", OUTPUT, engine="--load", handed_on=True),
+    Flag(
+        "load",
+        str,
+        "",
+        "checkpoint folder to start from; a checkpoint in --output_dir comes first",
+        OUTPUT,
+        engine="--load",
+        handed_on=True,
+    ),
     Flag("save_steps", int, 500, "steps between checkpoints", OUTPUT, engine="--save-interval"),
     Flag(
         "save_strategy",
@@ -245,7 +253,11 @@ _OTHER = (
     _no_meaning("run_name", "the folder of --output_dir names the run"),
     _no_meaning("attn_implementation", "tools/doctor.py says which attention is chosen and why"),
     _no_meaning("local_rank", "torchrun says so in the environment", int, engine="--local-rank"),
-    _no_meaning("overwrite_output_dir", "a run resumes only where --load names a checkpoint", bool),
+    _no_meaning(
+        "overwrite_output_dir",
+        "a run resumes from the newest checkpoint of --output_dir; empty the folder to start over",
+        bool,
+    ),
     _no_meaning("double_quant", "there is no quantised training", bool),
     _no_meaning("quant_type", "there is no quantised training"),
     _not_yet("mm_use_im_start_end", "pictures are not framed by tokens", bool, ("False",)),
@@ -263,7 +275,11 @@ _OTHER = (
     _not_yet("lora_bias", _LATER, neutral=("none",)),
     _not_yet("bits", "there is no quantised training", int, ("16",)),
     _not_yet("optim", "AdamW is the optimizer", neutral=("adamw_torch", "adamw_torch_fused")),
-    _not_yet("resume_from_checkpoint", "use --load DIR", neutral=("False",)),
+    _not_yet(
+        "resume_from_checkpoint",
+        "a run resumes from --output_dir by itself; --load DIR names another folder",
+        neutral=("False",),
+    ),
 )
 
 FLAGS: tuple[Flag, ...] = (*_MODEL, *_DATA, *_TRAINING, *_OPTIMIZER, *_OUTPUT, *_PARALLEL, *_OTHER)

@@ -187,5 +187,6 @@ def test_backend():
     cpu = options(backend_argv(cuda=False, transformer_engine=False, apex=False))
     assert (cpu["--distributed-backend"], cpu["--transformer-impl"]) == ("gloo", "local")
     assert {"--no-gradient-accumulation-fusion", "--no-bias-swiglu-fusion", "--no-rope-fusion"} <= set(cpu)
+    assert options(backend_argv(cuda=False, transformer_engine=True, apex=True)) == cpu
     full = options(backend_argv(cuda=True, transformer_engine=True, apex=True))
     assert full == {"--distributed-backend": "nccl", "--transformer-impl": "transformer_engine"}

@@ -106,6 +106,13 @@ def test_what_is_wrong_is_said_once_before_anything_starts(environment, flags, w
     assert done.stderr.count("\n") == 1
 
 
+def test_a_missing_folder_is_said_once_before_anything_starts(tmp_path):
+    done = by_bash("pretrain_dc.sh", DC_PRINT_ARGV="", MODEL=str(tmp_path / "nowhere"))
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_bad_flag_under_torchrun_stops_it():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
     done = run([*torchrun, str(ROOT / "examples" / "pretrain_dc.sh"), "--lerning_rate", "1"])
