@@ -113,5 +113,6 @@ def test_help_names_every_flag_and_both_names_of_a_shared_one():
     for flag in FLAGS:
         assert f"--{flag.name}" in page
     assert "--output_dir, --save" in page
+    assert "not available yet: best-fit" in page
     assert "--help-megatron" in page
     assert max(map(len, page.splitlines())) <= 120
