@@ -167,7 +167,7 @@ def vision_config(family: str = "clip", image_size: int = 28) -> VisionConfig:
         "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
         "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     }[family]
-    return VisionConfig(family, 32, 64, 6, 4, image_size, 14, mean, deviation)
+    return VisionConfig(family, 32, 64, 6, 4, image_size, 14, "gelu", 1e-5, mean, deviation)
 
 
 def _made(folder) -> str:

@@ -1,0 +1,140 @@
+"""Building, reopening and refusing indexes."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from dc_megatron.data import index as index_module
+from dc_megatron.data.faults import RecordFault
+from dc_megatron.data.index import build_index, index_key, open_index
+from dc_megatron.errors import UserError
+from tests.helpers.data_files import (
+    caption_records,
+    conversation,
+    data_config,
+    photo,
+    sentencepiece_tokenizer,
+    write_records,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return sentencepiece_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer):
+    def config(records, **overrides):
+        return data_config(tmp_path / "images", write_records(tmp_path / "data.json", records), tokenizer, **overrides)
+
+    return config
+
+
+def test_an_index_holds_what_was_tokenised(make, tmp_path):
+    records = caption_records(tmp_path / "images", 5)
+    records.append({"id": "text", "conversations": conversation("hello", "the quick brown fox")})
+    photo(tmp_path / "images" / "b.jpg", seed=9)
+    two = {"id": "two", "image": ["0000.jpg", "b.jpg"], "conversations": conversation("<image> or <image>?", "a")}
+    config = make([*records, two])
+    seen = []
+    summary = build_index(config, str(tmp_path / "index"), lambda done, total: seen.append((done, total)))
+    index = open_index(str(tmp_path / "index"))
+    assert (summary.records, summary.kept, len(index), summary.images) == (7, 7, 7, 7)
+    assert summary == index.summary
+    assert seen[-1] == (7, 7)
+    assert index[6].images == ("0000.jpg", "b.jpg")
+    assert [index[n].identifier for n in (0, 5, 6)] == ["caption-0", "text", "two"]
+    assert [index[n].record for n in range(7)] == list(range(7))
+    assert summary.tokens == index.lengths.sum() == sum(index[n].length for n in range(7))
+    assert summary.supervised_tokens == sum(index[n].supervised_tokens for n in range(7))
+    assert index[0].input_ids.dtype == np.int32
+    with pytest.raises(IndexError):
+        index[7]
+
+
+def test_many_batches(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "ROWS_PER_BATCH", 4)
+    build_index(make(caption_records(tmp_path / "images", 8)), str(tmp_path / "index"))
+    index = open_index(str(tmp_path / "index"))
+    assert [index[n].identifier for n in range(8)] == [f"caption-{n}" for n in range(8)]
+
+
+def test_a_second_build_returns_at_once_and_a_changed_one_does_not(make, tmp_path, monkeypatch):
+    folder = str(tmp_path / "index")
+    config = make(caption_records(tmp_path / "images", 3))
+    first = build_index(config, folder)
+    monkeypatch.setattr(index_module, "read_records", lambda *_: pytest.fail("read the data again"))
+    assert build_index(config, folder) == first
+    monkeypatch.undo()
+    old = open_index(folder)
+    changed = build_index(make(caption_records(tmp_path / "images", 2)), folder)
+    assert (changed.kept, changed.key != first.key) == (2, True)
+    # A process that still maps the old file is not hurt, and only the new one is left.
+    assert old[2].identifier == "caption-2"
+    assert sorted(os.listdir(folder)) == [f"index-{changed.key}.arrow", "index.json"]
+
+
+def test_the_key_follows_what_decides_the_content(make, tmp_path):
+    records = caption_records(tmp_path / "images", 2)
+    base = index_key(make(records))
+    assert index_key(make(records, seed=7, image_aspect_ratio="square", seq_length=500)) == base
+    assert index_key(make(records, tokens_per_image=5)) != base
+    assert index_key(make(records, version="plain")) != base
+    assert index_key(make(records, model_max_length=100)) != base
+    assert index_key(make(records[:1])) != base
+
+
+def faulty_records(folder):
+    """One good record and one of every fault."""
+    records = caption_records(folder, 1)
+    (folder / "bad.jpg").write_bytes(b"nothing")
+    answer = conversation("<image> what?", "a dog")
+    return records, {
+        RecordFault.IMAGE_COUNT: {"id": 1, "conversations": answer},
+        RecordFault.MISSING_IMAGE: {"id": 2, "image": "none.jpg", "conversations": answer},
+        RecordFault.CORRUPT_IMAGE: {"id": 3, "image": "bad.jpg", "conversations": answer},
+        RecordFault.NO_TARGET: {"id": 4, "conversations": conversation("long " * 300, "cut off")},
+        RecordFault.STRUCTURE: {"id": 5, "conversations": "text"},
+    }
+
+
+def test_faulty_records_are_dropped_and_counted(make, tmp_path):
+    good, faulty = faulty_records(tmp_path / "images")
+    config = make([*faulty.values(), *good], max_bad_sample_rate=0.9)
+    summary = build_index(config, str(tmp_path / "index"))
+    assert summary.dropped == dict.fromkeys(faulty, 1)
+    assert summary.dropped_samples == 5
+    assert open_index(str(tmp_path / "index"))[0].record == 5
+    assert "none.jpg" in summary.examples[RecordFault.MISSING_IMAGE][0]
+    assert "record 0" in summary.examples[RecordFault.IMAGE_COUNT][0]
+
+
+def test_too_many_faults_stop_the_run(make, tmp_path):
+    good, faulty = faulty_records(tmp_path / "images")
+    missing = faulty[RecordFault.MISSING_IMAGE]
+    with pytest.raises(UserError) as caught:
+        build_index(make([*good, missing]), str(tmp_path / "index"))
+    for words in ("1 of 2 records", "1 x missing image", "none.jpg", "--max-bad-sample-rate", "--data_path"):
+        assert words in str(caught.value)
+    assert os.listdir(tmp_path / "index") == []
+    with pytest.raises(UserError, match="nothing is left"):
+        build_index(make([missing], max_bad_sample_rate=1.0), str(tmp_path / "index"))
+
+
+def test_a_stricter_limit_holds_for_a_finished_index_too(make, tmp_path):
+    good, faulty = faulty_records(tmp_path / "images")
+    records = [*good, faulty[RecordFault.STRUCTURE]]
+    build_index(make(records, max_bad_sample_rate=0.5), str(tmp_path / "index"))
+    with pytest.raises(UserError, match="1 of 2 records"):
+        build_index(make(records), str(tmp_path / "index"))
+
+
+def test_a_folder_without_an_index(tmp_path):
+    with pytest.raises(UserError, match="no finished data index"):
+        open_index(str(tmp_path))
+    (tmp_path / "index.json").write_text(json.dumps({"key": "gone"}))
+    with pytest.raises(UserError, match="no finished data index"):
+        open_index(str(tmp_path))
