@@ -31,6 +31,8 @@ _VISION_DEFAULTS = {
         "num_attention_heads": 12,
         "image_size": 224,
         "patch_size": 32,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
     },
     "siglip": {
         "hidden_size": 768,
@@ -39,6 +41,8 @@ _VISION_DEFAULTS = {
         "num_attention_heads": 12,
         "image_size": 224,
         "patch_size": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
     },
 }
 _IMAGE_STATISTICS = {
@@ -99,6 +103,8 @@ class VisionConfig:
     num_attention_heads: int
     image_size: int
     patch_size: int
+    hidden_act: str
+    layer_norm_eps: float
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     path: str = ""
@@ -232,10 +238,12 @@ class LanguageConfig:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
-    # None, or {"factor": f} of a llama3 scaling with the constants that megatron-core carries.
+    # None, or the factor of a llama3 scaling with the constants that megatron-core carries.
     rope_scaling_factor: float | None
     tie_word_embeddings: bool
     max_position_embeddings: int
+    # Positions that attention looks back where the model was trained so (Mistral 7B v0.1); None means all.
+    sliding_window: int | None = None
     path: str = ""
 
     @classmethod
@@ -270,6 +278,7 @@ class LanguageConfig:
                 rope_scaling_factor=_rope_scaling_factor(config, what),
                 tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
                 max_position_embeddings=config.get("max_position_embeddings", 2048),
+                sliding_window=config.get("sliding_window"),
                 path=folder,
             )
         except KeyError as missing:

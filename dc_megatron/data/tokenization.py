@@ -55,7 +55,8 @@ class TextTokenizer:
     Legacy Llama tokenizers (``legacy`` absent or true in tokenizer_config.json, as the original loads them) are those
     where sentencepiece encodes every stretch between special tokens by itself, dummy prefix included. Where the folder
     has the sentencepiece model the library does exactly that. transformers 5.17 would take an absent ``legacy`` for
-    false, and swallows one space where a stretch starts with a space; both are put right here.
+    false and an absent ``add_bos_token`` as well, and swallows one space where a stretch starts with a space; all
+    three are put right here.
     """
 
     def __init__(self, folder: str, flag: str = "--model_name_or_path"):
@@ -67,9 +68,8 @@ class TextTokenizer:
         self._backend.no_truncation()
         self.bos_id = self.hugging_face.bos_token_id
         self.eos_id = self.hugging_face.eos_token_id
-        first = self.hugging_face("a").input_ids[:1]
-        self.adds_bos = self.bos_id is not None and first == [self.bos_id]
         is_llama = type(self.hugging_face).__name__.startswith("LlamaTokenizer")
+        self.adds_bos = self.bos_id is not None and self._decide_bos(is_llama)
         self._legacy = is_llama and _is_legacy(folder)
         # A dummy prefix is due where the text itself starts with a space; transformers then adds none.
         self._restore_prefix = is_llama and getattr(self.hugging_face, "add_prefix_space", True) is not False
@@ -101,6 +101,16 @@ class TextTokenizer:
     def special_id(self, text: str) -> int | None:
         """The id of ``text`` if it is one special token, else None."""
         return self._special.get(text)
+
+    def _decide_bos(self, is_llama: bool) -> bool:
+        """Whether a text starts with BOS: a Llama folder's flag, else its tokenizer.json, else the original's True."""
+        if is_llama:
+            flag = _read_json(self.folder, "tokenizer_config.json").get("add_bos_token")
+            if flag is not None:
+                return bool(flag)
+            if not os.path.isfile(os.path.join(self.folder, "tokenizer.json")):
+                return True
+        return self.hugging_face("a").input_ids[:1] == [self.bos_id]
 
     def _append(self, ids: list[int], offsets: Offsets, stretch: str, position: int) -> None:
         if stretch:

@@ -55,15 +55,17 @@ def build_model(
     )
 
 
-def load_vision_tower(model: DenseConnectorModel, vision: VisionConfig) -> None:
+def load_vision_tower(model: DenseConnectorModel, vision: VisionConfig, connector: ConnectorConfig) -> None:
     """Fill the frozen tower from its folder; nothing to do off the first pipeline stage."""
     if model.vision_tower is not None:
-        model.vision_tower.load(vision_state_dict(vision.path, vision))
+        model.vision_tower.load(vision_state_dict(vision.path, vision, connector))
 
 
-def load_projector(model: DenseConnectorModel, path: str, vision: VisionConfig, connector: ConnectorConfig) -> None:
+def load_projector(
+    model: DenseConnectorModel, path: str, vision: VisionConfig, connector: ConnectorConfig, type_named: bool = True
+) -> None:
     """Fill the connector from ``path`` (a projector file or its folder). Every rank reads it, so all refuse alike."""
-    state, _ = read_projector(path, connector, vision, model.config.hidden_size)
+    state, _ = read_projector(path, connector, vision, model.config.hidden_size, type_named=type_named)
     if model.connector is not None:
         model.connector.load_state_dict(state)
 

@@ -42,6 +42,8 @@ class DenseConnectorModel(MegatronModule):
         self.dense_connector_type = dense_connector_type
         self.layer_table = layer_table
         self.packed = packed
+        # Set where the connector was filled from a projector file: the next load of a checkpoint then leaves it alone.
+        self.connector_is_given = False
         # What megatron-core's schedules and gradient finalisation read of a model.
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
@@ -146,7 +148,7 @@ class DenseConnectorModel(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Checkpoint entries of this rank, without the frozen tower."""
         state = self.language_model.sharded_state_dict(f"{prefix}language_model.", sharded_offsets, metadata)
-        if self.connector is not None:
+        if self.connector is not None and not self.connector_is_given:
             state.update(
                 sharded_state_dict_default(
                     self.connector,
@@ -164,8 +166,10 @@ class DenseConnectorModel(MegatronModule):
         return {name: value for name, value in state.items() if not name.startswith(f"{prefix}vision_tower.")}
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As torch; a frozen tower that the checkpoint does not hold is no missing key."""
-        if self.vision_tower is not None:
-            own = self.vision_tower.state_dict(prefix="vision_tower.")
-            state_dict = {**own, **state_dict}
+        """As torch; a frozen tower, or a connector that was given by a file, is no missing key."""
+        own = self.vision_tower.state_dict(prefix="vision_tower.") if self.vision_tower is not None else {}
+        if self.connector_is_given:
+            own.update(self.connector.state_dict(prefix="connector."))
+            self.connector_is_given = False
+        state_dict = {**state_dict, **own}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)

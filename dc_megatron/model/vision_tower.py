@@ -31,6 +31,8 @@ class FrozenVisionTower(nn.Module):
             num_attention_heads=vision.num_attention_heads,
             image_size=vision.image_size,
             patch_size=vision.patch_size,
+            hidden_act=vision.hidden_act,
+            layer_norm_eps=vision.layer_norm_eps,
         )
         if vision.family == "siglip":
             config.vision_use_head = False

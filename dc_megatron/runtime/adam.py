@@ -28,6 +28,14 @@ class GroupStepAdam(torch.optim.Adam):
             **kwargs,
         )
 
+    def __setstate__(self, state):
+        """As any optimizer: torch's Adam would look for a counter beside every parameter."""
+        torch.optim.Optimizer.__setstate__(self, state)
+        for group in self.param_groups:
+            # A checkpoint of FusedAdam lacks what only torch's classes know.
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:

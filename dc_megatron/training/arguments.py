@@ -137,6 +137,7 @@ def finish(settings: RunSettings, num_samples: int | None, world_size: int) -> l
     words += ["--seq-length", plan.seq_length, "--train-iters", plan.train_iters]
     words += ["--lr-decay-style", style, "--lr-warmup-iters", plan.warmup_iters, "--lr-decay-iters", plan.decay_iters]
     words += ["--optimizer", "adam", "--dataloader-type", "external", "--eval-iters", 0]
+    words += ["--eval-interval", plan.train_iters]  # unused, but the engine divides by it
     # SIGTERM is what torchrun sends when another rank died; a wish to stop is told apart from it.
     words += ["--exit-signal-handler", "--exit-signal", "SIGUSR1", "--no-one-logger"]
     if settings.output_dir:

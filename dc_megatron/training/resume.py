@@ -24,6 +24,10 @@ class Start:
     plan_hash: str | None = None
 
 
+# The engine otherwise refuses to go on where the number of steps has changed; the same flags give the same schedule.
+_RESUME = ["--override-opt_param-scheduler"]
+
+
 def choose_start(translation: Translation) -> Start:
     """Decide from ``--load``, ``--finetune`` and what ``--output_dir`` holds. UserError: nothing to load at --load."""
     settings = translation.settings
@@ -33,7 +37,8 @@ def choose_start(translation: Translation) -> Start:
     notes = _passed_over(output, incomplete, own)
     if own is not None:
         notes.append(f"resuming from iteration {own} of {output}; empty the folder to start over")
-        words = [*_without(words, "--load", "--finetune", "--ckpt-step"), "--load", output, "--ckpt-step", str(own)]
+        words = _without(words, "--load", "--finetune", "--ckpt-step")
+        words += ["--load", output, "--ckpt-step", str(own), *_RESUME]
         manifest = checkpoint_folder.read_manifest(output, own)
         return Start(words, notes, loads=True, resumes=True, plan_hash=manifest.get("plan_hash"))
     if not load or _same_folder(load, output):
@@ -54,7 +59,7 @@ def choose_start(translation: Translation) -> Start:
     resumes = "--finetune" not in words
     manifest = checkpoint_folder.read_manifest(load, iteration)
     return Start(
-        [*words, "--ckpt-step", str(iteration)],
+        [*words, "--ckpt-step", str(iteration), *(_RESUME if resumes else [])],
         notes,
         loads=True,
         resumes=resumes,

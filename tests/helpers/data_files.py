@@ -21,10 +21,17 @@ CORPUS = [
 ]
 
 
-def sentencepiece_tokenizer(folder, *, legacy: bool | None = None, model_file: bool = True, dummy_prefix=True) -> str:
+def sentencepiece_tokenizer(
+    folder,
+    *,
+    legacy: bool | None = None,
+    add_bos: bool | None = True,
+    model_file: bool = True,
+    dummy_prefix: bool = True,
+) -> str:
     """A Llama-style tokenizer folder as Vicuna has it: BPE with byte fallback, <unk> <s> </s> = 0 1 2.
 
-    legacy: the flag in tokenizer_config.json (None: absent). model_file=False: tokenizer.json instead of the
+    legacy, add_bos: the flags in tokenizer_config.json (None: absent). model_file=False: tokenizer.json instead of the
     sentencepiece model, as transformers 5 saves it.
     """
     import sentencepiece
@@ -53,13 +60,14 @@ def sentencepiece_tokenizer(folder, *, legacy: bool | None = None, model_file: b
     )
     os.remove(corpus)
     os.remove(os.path.join(folder, "tokenizer.vocab"))
-    _write_tokenizer_config(folder, "LlamaTokenizer", "<s>", "</s>", legacy)
+    flags = {"unk_token": "<unk>", "add_eos_token": False, "legacy": legacy, "add_bos_token": add_bos}
+    _write_tokenizer_config(folder, "LlamaTokenizer", "<s>", "</s>", flags)
     if not model_file:
         from transformers import AutoTokenizer
 
         AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(folder)
         os.remove(os.path.join(folder, "tokenizer.model"))
-        _write_tokenizer_config(folder, "LlamaTokenizer", "<s>", "</s>", legacy)
+        _write_tokenizer_config(folder, "LlamaTokenizer", "<s>", "</s>", flags)
     return folder
 
 
@@ -83,7 +91,7 @@ def byte_level_tokenizer(folder, *, bos: str, eos: str, special: list[str], add_
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    _write_tokenizer_config(folder, "PreTrainedTokenizerFast", bos, eos, None)
+    _write_tokenizer_config(folder, "PreTrainedTokenizerFast", bos, eos, {})
     return folder
 
 
@@ -100,12 +108,9 @@ def chatml_tokenizer(folder) -> str:
     )
 
 
-def _write_tokenizer_config(folder: str, kind: str, bos: str, eos: str, legacy: bool | None) -> None:
+def _write_tokenizer_config(folder: str, kind: str, bos: str, eos: str, flags: dict) -> None:
     config = {"tokenizer_class": kind, "bos_token": bos, "eos_token": eos, "model_max_length": 2048}
-    if kind == "LlamaTokenizer":
-        config |= {"unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False}
-    if legacy is not None:
-        config["legacy"] = legacy
+    config |= {name: value for name, value in flags.items() if value is not None}
     _write(os.path.join(folder, "tokenizer_config.json"), config)
 
 

@@ -18,7 +18,7 @@ GRADIENT_TOLERANCE = 1e-5
 # Twenty Adam steps amplify the rounding of tiny gradients, whose sign is the step.
 CURVE_TOLERANCE = 2e-5
 DELTA_TOLERANCE = 2e-3
-SEQUENCE = 112
+SEQUENCE = 128
 
 
 def make_rows(image_counts: list[int], seed: int, vocabulary: int = 1003) -> list:

@@ -70,7 +70,7 @@ def build(job: Job):
             vp_stage=vp_stage,
         )
         load_language_model(model, language, rows)
-        load_vision_tower(model, vision)
+        load_vision_tower(model, vision, connector)
         if model.connector is not None and job.connector_state:
             model.connector.load_state_dict(job.connector_state)
         model.set_trainable(set(job.trainable.split(",")))

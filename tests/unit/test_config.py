@@ -35,7 +35,7 @@ def write_config(folder, config, name="config.json"):
 
 
 def tower(family, depth, image_size=336):
-    return VisionConfig(family, 1024, 4096, depth, 16, image_size, 14, (0.5,) * 3, (0.5,) * 3)
+    return VisionConfig(family, 1024, 4096, depth, 16, image_size, 14, "gelu", 1e-5, (0.5,) * 3, (0.5,) * 3)
 
 
 def test_layers_of_the_original():

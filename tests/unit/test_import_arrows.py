@@ -64,7 +64,9 @@ ROOMS = {
     "reference": room("config data", "torch transformers"),
     "inference": room("config runtime model weights data", "torch transformers megatron.core"),
     "training": room(
-        "config runtime model weights data planner", "torch megatron.core megatron.training", "tensorboard PIL"
+        "config runtime model weights data planner inference",
+        "torch megatron.core megatron.training",
+        "tensorboard PIL",
     ),
     "evaluation": room(BELOW_TRAINING, NO_ENGINE),
     "reports": room(BELOW_TRAINING + " evaluation", NO_ENGINE),

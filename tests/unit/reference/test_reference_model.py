@@ -9,8 +9,8 @@ from dc_megatron.reference.model import ReferenceModel, dense_features
 from tests.helpers.reference_batches import make_batch
 from tests.helpers.tiny_models import VISION_MAKERS, tiny_clip, tiny_llama
 
-CLIP_L = VisionConfig("clip", 8, 16, 24, 2, 336, 14, (0.5,) * 3, (0.5,) * 3)
-SIGLIP_SO400M = VisionConfig("siglip", 8, 16, 27, 2, 384, 14, (0.5,) * 3, (0.5,) * 3)
+CLIP_L = VisionConfig("clip", 8, 16, 24, 2, 336, 14, "gelu", 1e-5, (0.5,) * 3, (0.5,) * 3)
+SIGLIP_SO400M = VisionConfig("siglip", 8, 16, 27, 2, 384, 14, "gelu", 1e-5, (0.5,) * 3, (0.5,) * 3)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from dc_megatron.config import ConnectorConfig, VisionConfig
 from dc_megatron.errors import UserError
 from dc_megatron.weights.projector_files import projector_shapes, read_projector, write_projector
 
-CLIP = VisionConfig("clip", 8, 16, 6, 2, 28, 7, (0.5,) * 3, (0.5,) * 3, path="towers/clip-tiny")
-SIGLIP = VisionConfig("siglip", 8, 16, 6, 2, 28, 7, (0.5,) * 3, (0.5,) * 3)
+CLIP = VisionConfig("clip", 8, 16, 6, 2, 28, 7, "gelu", 1e-5, (0.5,) * 3, (0.5,) * 3, path="towers/clip-tiny")
+SIGLIP = VisionConfig("siglip", 8, 16, 6, 2, 28, 7, "gelu", 1e-5, (0.5,) * 3, (0.5,) * 3)
 DCI = ConnectorConfig("dci")
 HIDDEN = 12
 

@@ -1,0 +1,46 @@
+"""The data as Megatron's engine asks for it: an iterator that starts where the run stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron.core import parallel_state
+from megatron.training import get_args
+
+from dc_megatron.config import DataConfig, VisionConfig
+from dc_megatron.data.index import SampleIndex
+from dc_megatron.data.loader import MicroBatches
+
+
+def make_dataset_provider(
+    index: SampleIndex, config: DataConfig, vision: VisionConfig, loaders: list[MicroBatches]
+) -> Callable:
+    """``train_valid_test_dataset_provider`` of ``megatron.training.pretrain``; what it makes is added to ``loaders``.
+
+    Every rank reads its own rows; pixels are decoded on the first pipeline stage only, and each tensor-parallel rank
+    decodes its share.
+    """
+
+    def provider(train_valid_test_num_samples, vp_stage: int | None = None):
+        args = get_args()
+        loader = MicroBatches(
+            index,
+            config,
+            vision,
+            micro_batch_size=args.micro_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            image_share=(
+                parallel_state.get_tensor_model_parallel_rank(),
+                parallel_state.get_tensor_model_parallel_world_size(),
+            ),
+            decode_images=parallel_state.get_pipeline_model_parallel_rank() == 0 and not vp_stage,
+            start_sample=args.consumed_train_samples,
+            image_threads=max(1, args.num_workers),
+        )
+        loaders.append(loader)
+        return loader, None, None
+
+    # Every rank makes its own iterator; the engine broadcasts nothing.
+    provider.is_distributed = True
+    return provider

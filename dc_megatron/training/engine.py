@@ -1,0 +1,121 @@
+"""From a checked command line into Megatron's ``pretrain()``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+
+from dc_megatron.data.index_waiting import build_or_wait
+from dc_megatron.errors import UserError
+from dc_megatron.runtime import device, installed, patches
+from dc_megatron.training import run
+from dc_megatron.training.arguments import backend_argv, engine_argv, plan_steps
+from dc_megatron.training.metrics import MetricsFile, StepCounts
+
+
+def train(checked: run.Checked) -> None:
+    """Run the whole training. Raises UserError for what shows only now: data, weights, flags the engine refuses."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # Megatron's tensor parallelism wants kernels in order of launch; the launchers set it for the others.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    device.limit_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    config = run.data_config(checked, world_size)
+    index = build_or_wait(config, run.index_folder(checked.settings), local_rank, progress=_progress(local_rank))
+    plan = run.plan_hash(index.summary.key, config)
+    run.refuse_changed_plan(checked.start, plan, checked.settings)
+    words = _engine_words(checked, len(index), world_size)
+    if rank == 0:
+        _say_hello(checked, index, world_size)
+    patches.apply(training=True)
+    args = _parse(words, checked)
+    _pretrain(checked, args, index, config, plan, words)
+
+
+def _engine_words(checked: run.Checked, samples: int, world_size: int) -> list[str]:
+    backend = backend_argv(device.has_cuda(), installed.has_transformer_engine(), installed.has_apex())
+    translation = checked.translation
+    words = engine_argv(translation, checked.language, samples, world_size, backend)
+    # The engine's own words come last in that list; the start decides which checkpoint they name.
+    return words[: len(words) - len(translation.megatron_argv)] + checked.start.words
+
+
+def _progress(local_rank: int):
+    """A line that counts records while the index is built, on rank 0 of a node."""
+    if local_rank or not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        print(f"\rdata index: {done}/{total} records", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _say_hello(checked: run.Checked, index, world_size: int) -> None:
+    settings, summary = checked.settings, index.summary
+    plan = plan_steps(settings, len(index), world_size)
+    for note in (*checked.translation.notes, *checked.start.notes, *plan.notes):
+        print(f"note: {note}")
+    dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.dropped.items())) or "none"
+    print(f"data: {summary.kept} samples of {summary.records} records (dropped: {dropped}), {summary.images} images")
+    print(
+        f"plan: {plan.train_iters} steps of {plan.global_batch_size} rows, one sample each, of {plan.seq_length}"
+        f" positions; warm-up {plan.warmup_iters} steps"
+    )
+    print(
+        f"model: {checked.language.model_type} {checked.language.num_hidden_layers} layers x"
+        f" {checked.language.hidden_size}, {checked.vision.family} {checked.vision.num_hidden_layers} layers,"
+        f" {settings.mm_dense_connector_type}; trained: {', '.join(settings.trainable)}",
+        flush=True,
+    )
+
+
+def _parse(words: list[str], checked: run.Checked):
+    """Megatron's arguments. It asserts what it does not like; the words of the assertion are what the user needs."""
+    from megatron.training.arguments import parse_and_validate_args
+
+    sys.argv = [sys.argv[0], *words]
+    try:
+        args = parse_and_validate_args()
+    except AssertionError as error:
+        raise UserError(f"Megatron refuses these flags: {error or 'see the traceback of its validate_args'}") from error
+    for name, value in asdict(checked.settings).items():
+        # Only primitives: an object of ours would make the weights-only loading of a checkpoint fail.
+        setattr(args, f"dc_{name}", ",".join(value) if isinstance(value, tuple) else value)
+    return args
+
+
+def _pretrain(checked: run.Checked, args, index, config, plan: str, words: list[str]) -> None:
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from dc_megatron.training import engine_hooks
+    from dc_megatron.training.dataset_provider import make_dataset_provider
+    from dc_megatron.training.forward_step import make_forward_step
+    from dc_megatron.training.model_provider import make_model_provider
+
+    counts, loaders = StepCounts(), []
+    session = engine_hooks.Session(
+        checked=checked,
+        plan_hash=plan,
+        images_of_an_epoch=index.summary.images,
+        dropped_samples=index.summary.dropped_samples,
+        resolved=run.resolved(checked, words),
+        counts=counts,
+        loaders=loaders,
+    )
+    if args.save and args.rank == args.world_size - 1:
+        session.metrics = MetricsFile(args.save, (args.ckpt_step or 0) if checked.start.resumes else 0)
+    engine_hooks.install(session)
+    pretrain(
+        pretrain_cfg_container_from_args(args),
+        make_dataset_provider(index, config, checked.vision, loaders),
+        ModelType.encoder_or_decoder,
+        make_forward_step(device.device(), checked.settings.loss_reduction, counts.add),
+        make_model_provider(checked),
+    )
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,55 @@
+"""The model as Megatron's engine asks for it: one chunk of one rank, filled from Hugging Face folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron.training import get_args
+from megatron.training.argument_utils import core_transformer_config_from_args
+
+from dc_megatron.inference.assemble import build_model, load_language_model, load_projector, load_vision_tower
+from dc_megatron.model.multimodal_model import DenseConnectorModel
+from dc_megatron.training.run import Checked
+
+
+def make_model_provider(checked: Checked) -> Callable:
+    """``model_provider(pre_process, post_process, ...)`` of ``megatron.training.pretrain``.
+
+    Where a checkpoint will be loaded, the language model is not read from its folder first. A projector file given
+    beside another run's weights counts for the connector.
+    """
+    settings = checked.settings
+
+    def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+        args = get_args()
+        model = build_model(
+            checked.language,
+            checked.vision,
+            checked.connector,
+            config or core_transformer_config_from_args(args),
+            vocab_rows=args.padded_vocab_size,
+            max_sequence_length=args.max_position_embeddings,
+            transformer_engine=args.transformer_impl == "transformer_engine",
+            seed=args.seed,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+        )
+        load_vision_tower(model, checked.vision, checked.connector)
+        if not checked.start.loads:
+            load_language_model(model, checked.language, args.padded_vocab_size)
+        if settings.pretrain_mm_mlp_adapter and not checked.start.resumes:
+            type_named = "mm_dense_connector_type" in settings.given
+            load_projector(model, settings.pretrain_mm_mlp_adapter, checked.vision, checked.connector, type_named)
+            model.connector_is_given = checked.start.loads and model.connector is not None
+        model.set_trainable(set(settings.trainable))
+        return model
+
+    return model_provider
+
+
+def trained_connector(model_chunks: list[DenseConnectorModel]):
+    """The connector of this rank if it was trained, else None."""
+    connector = model_chunks[0].connector
+    return connector if connector is not None and next(connector.parameters()).requires_grad else None
