@@ -1,5 +1,6 @@
 """Ids against sentencepiece and label masks against the original's procedure, on tiny trained tokenizers."""
 
+import json
 import os
 import random
 
@@ -175,6 +176,22 @@ def test_bos_is_there_once_or_not_at_all(load):
         assert (sample.input_ids == load("llama_3").bos_id).sum() == 1
         assert sample.input_ids[0] == load("llama_3").bos_id
     assert (sample_of(load("chatml"), "mpt", messages).input_ids == load("chatml").bos_id).sum() == 0
+
+
+@pytest.mark.parametrize("model_file", [True, False])
+@pytest.mark.parametrize(("flag", "expected"), [(True, True), (False, False), (None, True)])
+def test_a_llama_folder_decides_about_bos(tmp_path, model_file, flag, expected):
+    """An absent flag means BOS, as the original loads it; transformers 5.17 says no where it has tokenizer.model."""
+    written_with = True if flag is None and not model_file else flag
+    folder = sentencepiece_tokenizer(tmp_path, add_bos=written_with, model_file=model_file)
+    if flag is None:
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        config.pop("add_bos_token", None)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.adds_bos is expected
+    sample = sample_of(tokenizer, "v1", conversation("a", "b"))
+    assert (sample.input_ids == tokenizer.bos_id).sum() == expected
 
 
 def test_truncation_counts_expanded_positions(load):
