@@ -128,7 +128,10 @@ class DaliImageLoader(ImageLoader):
         (output,) = self._pipeline.run()
         if self._device_id is None:
             return torch.from_numpy(output.as_array())
-        return torch.from_dlpack(output.as_tensor())
+        # Copied and waited for: the next run writes into the same memory, on a stream of DALI's own.
+        batch = torch.from_dlpack(output.as_tensor()).clone()
+        torch.cuda.synchronize(self._device_id)
+        return batch
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:

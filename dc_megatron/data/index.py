@@ -73,6 +73,19 @@ class IndexSummary:
     def dropped_samples(self) -> int:
         return sum(self.dropped.values())
 
+    def count_kept(self, sample: TokenisedSample) -> None:
+        self.kept += 1
+        self.tokens += sample.length
+        self.supervised_tokens += sample.supervised_tokens
+        self.images += len(sample.images)
+        self.truncated += sample.truncated
+
+    def count_dropped(self, index: int, fault: RecordFault) -> None:
+        self.dropped[fault.reason] = self.dropped.get(fault.reason, 0) + 1
+        examples = self.examples.setdefault(fault.reason, [])
+        if len(examples) < EXAMPLES_PER_REASON:
+            examples.append(f"record {index}: {fault.detail}")
+
 
 class SampleIndex:
     """Memory-mapped samples of a finished index: ``len()``, ``[i]`` -> TokenisedSample, ``summary``, ``lengths``."""
@@ -203,14 +216,11 @@ def _write(
     config: DataConfig, folder: str, key: str, records: list, tokenizer: TextTokenizer, progress: Progress
 ) -> IndexSummary:
     summary = IndexSummary(key=key)
-    limit = max(_EARLY_STOP, config.max_bad_sample_rate * len(records))
     temporary = _arrow_path(folder, key) + f".{platform.node()}.{os.getpid()}.tmp"
     try:
         with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             for rows in _samples(config, records, tokenizer, summary, progress):
                 writer.write_batch(_record_batch(rows))
-                if summary.dropped_samples > limit:
-                    check_bad_rate(summary, config)
         check_bad_rate(summary, config)
         os.replace(temporary, _arrow_path(folder, key))
     finally:
@@ -226,23 +236,19 @@ def _write(
 
 def _samples(config: DataConfig, records: list, tokenizer: TextTokenizer, summary: IndexSummary, progress: Progress):
     """Lists of ROWS_PER_BATCH kept samples (the last one shorter, perhaps empty), counted into ``summary``."""
+    limit = max(_EARLY_STOP, config.max_bad_sample_rate * len(records))
     rows: list[TokenisedSample] = []
     for index, record in enumerate(records):
         summary.records += 1
         try:
             sample = sample_from_record(config, tokenizer, record, index)
         except RecordFault as fault:
-            summary.dropped[fault.reason] = summary.dropped.get(fault.reason, 0) + 1
-            examples = summary.examples.setdefault(fault.reason, [])
-            if len(examples) < EXAMPLES_PER_REASON:
-                examples.append(f"record {index}: {fault.detail}")
+            summary.count_dropped(index, fault)
+            if summary.dropped_samples > limit:
+                check_bad_rate(summary, config)
         else:
             rows.append(sample)
-            summary.kept += 1
-            summary.tokens += sample.length
-            summary.supervised_tokens += sample.supervised_tokens
-            summary.images += len(sample.images)
-            summary.truncated += sample.truncated
+            summary.count_kept(sample)
         if len(rows) == ROWS_PER_BATCH:
             yield rows
             rows = []

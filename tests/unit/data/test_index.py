@@ -124,6 +124,11 @@ def test_too_many_faults_stop_the_run(make, tmp_path):
         build_index(make([missing], max_bad_sample_rate=1.0), str(tmp_path / "index"))
 
 
+def test_a_hopeless_data_set_is_not_read_to_its_end(make, tmp_path):
+    with pytest.raises(UserError, match=r"201 of 201 records.*201 x bad structure"):
+        build_index(make([{"id": number} for number in range(5000)]), str(tmp_path / "index"))
+
+
 def test_a_stricter_limit_holds_for_a_finished_index_too(make, tmp_path):
     good, faulty = faulty_records(tmp_path / "images")
     records = [*good, faulty[RecordFault.STRUCTURE]]

@@ -155,6 +155,13 @@ def test_plain_masks_only_bos_and_image(load):
     assert target_text(load("legacy"), sample) == "a red circle\n"
 
 
+@pytest.mark.parametrize("name", ["legacy", "legacy_json", "llama_3"])
+def test_characters_of_several_tokens_are_targets_as_a_whole(load, name):
+    sample = sample_of(load(name), "plain", conversation("<image>", "☃é"))
+    assert (sample.labels[2:] == sample.input_ids[2:]).all()
+    assert target_text(load(name), sample) == "☃é\n"
+
+
 @pytest.mark.parametrize(
     ("version", "name", "expected"),
     [
