@@ -137,7 +137,8 @@ class DaliImageLoader(ImageLoader):
 def _is_plain(image: Image.Image, data: bytes) -> bool:
     """Whether DALI reads this file as PIL does."""
     if image.format == "JPEG":
-        # CMYK and RGB-coded JPEGs are read differently; a missing end marker is an error in PIL and none in DALI.
+        # CMYK and RGB-coded JPEGs are read differently. A file without its end marker was cut off (a download that
+        # broke): it would cost the whole batch its pipeline.
         return (
             image.mode in ("RGB", "L")
             and image.info.get("adobe_transform") != 0

@@ -94,6 +94,13 @@ def _without_pixels(png):
     return png[:start] + b"\0" * 200 + png[start + 200 :]
 
 
+def test_files_that_were_cut_off_do_not_cost_a_pipeline(tmp_path, monkeypatch):
+    loader = dali_loader(vision_config(image_size=56), "pad")
+    monkeypatch.setattr(loader, "_run", lambda *_: pytest.fail("went to DALI"))
+    cut = [path for path in broken_files(tmp_path) if "cut" in path]
+    assert loader.load(cut)[1] == [0, 1]
+
+
 @pytest.mark.parametrize("backend", ["pil", "dali"])
 def test_broken_files_are_substituted_and_named_once(tmp_path, caplog, backend):
     vision = vision_config(image_size=56)
