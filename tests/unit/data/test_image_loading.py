@@ -97,7 +97,7 @@ def _without_pixels(png):
 def test_files_that_were_cut_off_do_not_cost_a_pipeline(tmp_path, monkeypatch):
     loader = dali_loader(vision_config(image_size=56), "pad")
     monkeypatch.setattr(loader, "_run", lambda *_: pytest.fail("went to DALI"))
-    cut = [path for path in broken_files(tmp_path) if "cut" in path]
+    cut = [path for path in broken_files(tmp_path) if os.path.basename(path).startswith("cut.")]
     assert loader.load(cut)[1] == [0, 1]
 
 
