@@ -24,14 +24,18 @@ def as_cpu(value):
     return value
 
 
+def _place(where):
+    """As ``as_cpu``, where an index means a CUDA device as well."""
+    return CPU if isinstance(where, int) else as_cpu(where)
+
+
 def with_device_on_cpu(function):
-    """``function`` with its ``device`` keyword translated by ``as_cpu``; an index means a CUDA device as well."""
+    """``function`` with its ``device`` keyword translated."""
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         if "device" in kwargs:
-            where = kwargs["device"]
-            kwargs["device"] = CPU if isinstance(where, int) else as_cpu(where)
+            kwargs["device"] = _place(kwargs["device"])
         return function(*args, **kwargs)
 
     return wrapped
@@ -43,9 +47,9 @@ def moved_on_cpu(function):
     @functools.wraps(function)
     def wrapped(self, *args, **kwargs):
         if args:
-            args = (as_cpu(args[0]), *args[1:])
+            args = (_place(args[0]), *args[1:])
         if "device" in kwargs:
-            kwargs["device"] = as_cpu(kwargs["device"])
+            kwargs["device"] = _place(kwargs["device"])
         return function(self, *args, **kwargs)
 
     return wrapped
@@ -61,6 +65,8 @@ def cuda_type_names(function):
 
     @functools.wraps(function)
     def wrapped(self, *args, **kwargs):
+        if args and isinstance(args[0], str):
+            args = (args[0].replace("torch.cuda.", "torch."), *args[1:])
         name = function(self, *args, **kwargs)
         if isinstance(name, str) and name.startswith("torch.") and not name.startswith("torch.cuda."):
             return "torch.cuda." + name[len("torch.") :]

@@ -7,17 +7,23 @@ from functools import cache
 
 import torch
 
+from dc_megatron.errors import UserError
+
 
 @cache
 def has_cuda() -> bool:
     """Whether this process computes on a GPU. ``DC_DEVICE=cpu`` in the environment says no on a machine with one.
 
     The answer is kept from the first call on, because a patch of ``torch.cuda.is_available`` must not change it.
+    UserError for another wish, and for ``cuda`` where there is none.
     """
     wish = os.environ.get("DC_DEVICE", "")
     if wish not in ("", "cpu", "cuda"):
-        raise ValueError(f"DC_DEVICE={wish}: use cpu or cuda, or leave it unset")
-    return wish != "cpu" and torch.cuda.is_available()
+        raise UserError(f"DC_DEVICE={wish}: use cpu or cuda, or leave it unset")
+    found = torch.cuda.is_available()
+    if wish == "cuda" and not found:
+        raise UserError("DC_DEVICE=cuda: PyTorch finds no CUDA device here; leave it unset, or look at tools/doctor.py")
+    return found and wish != "cpu"
 
 
 def device() -> torch.device:
