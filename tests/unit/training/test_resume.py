@@ -1,0 +1,223 @@
+"""What a run starts from, decided on folders that look like Megatron's, and what counts as a complete checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+
+import pytest
+
+from dc_megatron.errors import UserError
+from dc_megatron.training.argv import translate
+from dc_megatron.training.resume import choose_start
+from dc_megatron.weights import checkpoint_folder
+
+
+def save(folder, iteration: int, complete: bool = True, plan_hash: str = "plan") -> None:
+    """A checkpoint of ``iteration`` as the engine and the save hook leave it."""
+    target = folder / f"iter_{iteration:07d}"
+    target.mkdir(parents=True)
+    (target / "__0_0.distcp").write_bytes(b"x" * iteration)
+    (target / "metadata.json").write_text("{}")
+    if complete:
+        checkpoint_folder.write_manifest(str(folder), iteration, {"plan_hash": plan_hash})
+    (folder / checkpoint_folder.TRACKER).write_text(str(iteration))
+
+
+def start(line: str):
+    return choose_start(translate(shlex.split(line)))
+
+
+def options(words: list[str]) -> dict[str, list[str]]:
+    """Option -> values; the last one wins, as in the engine."""
+    found: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            found[word] = []
+        else:
+            found[list(found)[-1]].append(word)
+    return found
+
+
+@pytest.fixture
+def own(tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def other(tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    return folder
+
+
+def assert_loads(begun, folder, iteration: int, resumes: bool) -> None:
+    got = options(begun.words)
+    assert got["--load"] == [str(folder)]
+    assert got["--ckpt-step"] == [str(iteration)]
+    assert begun.loads
+    assert begun.resumes is resumes
+    assert ("--override-opt_param-scheduler" in got) is resumes
+    assert ("--finetune" in got) is not resumes
+
+
+def test_nothing_to_load(own):
+    begun = start(f"--output_dir {own}")
+    assert (begun.loads, begun.resumes, begun.plan_hash, begun.notes) == (False, False, None, [])
+    assert not {"--load", "--ckpt-step"} & set(begun.words)
+
+
+def test_a_folder_that_is_not_there_yet(tmp_path):
+    assert not start(f"--output_dir {tmp_path / 'new'}").loads
+
+
+def test_without_a_folder_to_save_to():
+    assert not start("--learning_rate 1e-3").loads
+
+
+def test_an_own_complete_checkpoint_is_resumed(own):
+    save(own, 10, plan_hash="first")
+    save(own, 20, plan_hash="second")
+    begun = start(f"--output_dir {own}")
+    assert_loads(begun, own, 20, resumes=True)
+    assert begun.plan_hash == "second"
+    assert "resuming from iteration 20" in " ".join(begun.notes)
+
+
+def test_the_trackers_word_does_not_count(own):
+    """It may be truncated, or name an iteration that was never finished."""
+    save(own, 10)
+    (own / checkpoint_folder.TRACKER).write_text("")
+    assert_loads(start(f"--output_dir {own}"), own, 10, resumes=True)
+
+
+def test_incomplete_checkpoints_are_passed_over_and_named(own):
+    save(own, 10)
+    save(own, 20, complete=False)
+    save(own, 30, complete=False)
+    begun = start(f"--output_dir {own}")
+    assert_loads(begun, own, 10, resumes=True)
+    assert f"{own}: iteration 30, 20 was not written to its end; iteration 10 is taken" in begun.notes
+
+
+def test_only_incomplete_checkpoints_of_its_own_start_anew_and_say_so(own):
+    save(own, 10, complete=False)
+    begun = start(f"--output_dir {own}")
+    assert (begun.loads, begun.resumes) == (False, False)
+    assert "iteration 10 was not written to its end; nothing is taken" in begun.notes[0]
+
+
+@pytest.mark.parametrize("finetune", ["", " --finetune"])
+def test_an_own_checkpoint_goes_before_load(own, other, finetune):
+    """A second launch of the same command line continues; it does not start from the other weights again."""
+    save(own, 4)
+    save(other, 100)
+    assert_loads(start(f"--output_dir {own} --load {other}{finetune}"), own, 4, resumes=True)
+
+
+def test_load_elsewhere_resumes_there(own, other):
+    save(other, 100, plan_hash="theirs")
+    begun = start(f"--output_dir {own} --load {other}")
+    assert_loads(begun, other, 100, resumes=True)
+    assert begun.plan_hash == "theirs"
+
+
+def test_load_elsewhere_with_finetune_takes_only_weights(own, other):
+    save(other, 100, plan_hash="theirs")
+    begun = start(f"--output_dir {own} --load {other} --finetune")
+    assert_loads(begun, other, 100, resumes=False)
+    assert begun.plan_hash is None
+
+
+def test_load_elsewhere_falls_back_to_a_complete_one(own, other):
+    save(other, 100)
+    save(other, 200, complete=False)
+    begun = start(f"--output_dir {own} --load {other}")
+    assert_loads(begun, other, 100, resumes=True)
+    assert "iteration 200 was not written to its end; iteration 100 is taken" in begun.notes[0]
+
+
+def test_load_the_empty_folder_that_is_saved_to(own):
+    """Launchers that restart name one folder for both; the first time there is nothing."""
+    begun = start(f"--output_dir {own} --load {own} --finetune")
+    assert (begun.loads, begun.resumes) == (False, False)
+    assert not {"--load", "--finetune"} & set(begun.words)
+
+
+def test_load_the_folder_that_is_saved_to_by_another_name(own, tmp_path):
+    os.symlink(own, tmp_path / "link")
+    assert not start(f"--output_dir {own} --load {tmp_path / 'link'}").loads
+    save(own, 6)
+    assert_loads(start(f"--output_dir {own} --load {tmp_path / 'link'}"), own, 6, resumes=True)
+
+
+def test_a_converted_model_is_loaded_without_a_step(own, other):
+    (other / "release").mkdir()
+    (other / checkpoint_folder.TRACKER).write_text("release\n")
+    begun = start(f"--output_dir {own} --load {other}")
+    assert (begun.loads, begun.resumes) == (True, False)
+    assert options(begun.words)["--load"] == [str(other)]
+    assert "--ckpt-step" not in begun.words
+
+
+def test_nothing_at_load_is_refused(own, other, tmp_path):
+    with pytest.raises(UserError, match=r"--load .*absent: no such folder"):
+        start(f"--output_dir {own} --load {tmp_path / 'absent'}")
+    with pytest.raises(UserError, match=r"--load .*other: holds no complete checkpoint; give"):
+        start(f"--output_dir {own} --load {other}")
+    save(other, 5, complete=False)
+    with pytest.raises(UserError, match=r"holds no complete checkpoint \(incomplete: 5\)"):
+        start(f"--output_dir {own} --load {other}")
+
+
+def test_other_words_for_the_engine_are_kept(own):
+    save(own, 10)
+    begun = start(f"--output_dir {own} --use_distributed_optimizer --tensor-model-parallel-size 2")
+    got = options(begun.words)
+    assert got["--tensor-model-parallel-size"] == ["2"]
+    assert "--use-distributed-optimizer" in got
+
+
+def test_a_manifest_agrees_with_the_files(own):
+    save(own, 10)
+    manifest = checkpoint_folder.read_manifest(str(own), 10)
+    assert manifest["iteration"] == 10
+    assert manifest["files"] == {"__0_0.distcp": 10, "metadata.json": 2}
+
+
+@pytest.mark.parametrize("damage", ["shorter", "longer", "removed", "added", "half a manifest", "no files in it"])
+def test_files_that_disagree_with_the_manifest_make_a_checkpoint_incomplete(own, damage):
+    save(own, 10)
+    save(own, 20)
+    target = own / "iter_0000020"
+    manifest = target / checkpoint_folder.MANIFEST
+    if damage == "shorter":
+        os.truncate(target / "__0_0.distcp", 19)
+    elif damage == "longer":
+        (target / "__0_0.distcp").write_bytes(b"x" * 21)
+    elif damage == "removed":
+        (target / "metadata.json").unlink()
+    elif damage == "added":
+        (target / "__1_0.distcp").write_bytes(b"x")
+    elif damage == "half a manifest":
+        os.truncate(manifest, manifest.stat().st_size // 2)
+    else:
+        manifest.write_text(json.dumps({"iteration": 20}))
+    assert checkpoint_folder.newest_complete(str(own)) == (10, [20])
+
+
+def test_only_iteration_folders_count(own):
+    save(own, 3)
+    for name in ("iter_0000009.tmp", "release", "hf", "iter_x"):
+        (own / name).mkdir()
+    assert checkpoint_folder.iterations(str(own)) == [3]
+    assert checkpoint_folder.iterations(str(own / "absent")) == []
+
+
+def test_iterations_are_ordered_as_numbers(own):
+    save(own, 9_999_999)
+    save(own, 10_000_000)
+    assert checkpoint_folder.newest_complete(str(own)) == (10_000_000, [])

@@ -1,0 +1,145 @@
+"""The checks before anything heavy starts: what a command line and the files it names can be refused for."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+
+from dc_megatron.errors import UserError
+from dc_megatron.training import run
+from dc_megatron.training.resume import Start
+from tests.helpers.workspace import make_workspace, training_flags
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return make_workspace(tmp_path_factory.mktemp("workspace"), records=3)
+
+
+@pytest.fixture
+def check(workspace, tmp_path):
+    def call(world_size: int = 1, **more) -> run.Checked:
+        return run.check(training_flags(workspace, tmp_path / "run", **more), world_size)
+
+    return call
+
+
+@pytest.fixture
+def language_folder(workspace, tmp_path):
+    """A folder with the language model's config.json, changed."""
+
+    def make(**changes) -> str:
+        folder = tmp_path / "language"
+        folder.mkdir()
+        with open(os.path.join(workspace["llama"], "config.json"), encoding="utf-8") as file:
+            content = json.load(file)
+        (folder / "config.json").write_text(json.dumps({**content, **changes}))
+        return str(folder)
+
+    return make
+
+
+def test_a_good_command_line(check, workspace):
+    checked = check()
+    assert checked.language.path == workspace["llama"]
+    assert (checked.vision.family, checked.connector.dense_connector_type) == ("clip", "dci")
+    assert checked.settings.model_max_length == 128
+    assert not checked.start.loads
+
+
+def test_a_sliding_window_shorter_than_the_samples_is_refused(check, language_folder):
+    folder = language_folder(model_type="mistral", sliding_window=64)
+    with pytest.raises(UserError, match=r"--model_max_length 128: .*sliding_window 64.*at most that"):
+        check(model_name_or_path=folder)
+    assert check(model_name_or_path=folder, model_max_length=64).language.sliding_window == 64
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("data_path", r"--data_path /absent/thing: no such file"),
+        ("image_folder", r"--image_folder /absent/thing: no such folder"),
+        ("pretrain_mm_mlp_adapter", r"--pretrain_mm_mlp_adapter /absent/thing: no such file"),
+        ("model_name_or_path", r"--model_name_or_path /absent/thing: no such folder"),
+        ("vision_tower", r"--vision_tower /absent/thing: no such folder"),
+        ("load", r"--load /absent/thing: no such folder"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_its_flag(check, flag, message):
+    with pytest.raises(UserError, match=message):
+        check(**{flag: "/absent/thing"})
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"mm_dense_connector_type": "dcj"}, r"dcj.*did you mean 'dci'"),
+        ({"version": "v2"}, r"--version v2"),
+        ({"mm_vision_select_layer": -9}, r"--mm_vision_select_layer -9: the tower has 6 layers; choose from -7 to 6"),
+        ({"tensor_model_parallel_size": 8, "world_size": 8}, r"--tensor-model-parallel-size 8.*1, 2, 4"),
+        ({"pipeline_model_parallel_size": 3, "world_size": 3}, r"--pipeline-model-parallel-size 3.*1, 2, 4"),
+        ({"tensor_model_parallel_size": 2}, r"1 processes cannot be divided"),
+        ({"per_device_train_batch_size": 3}, r"contradicts"),
+        ({"fp8_format": "hybrid"}, r"--fp8-format: not available yet; train in bf16"),
+        ({"async_save": True}, r"--async-save: not available yet"),
+    ],
+)
+def test_contradictions_are_refused(check, more, message):
+    with pytest.raises(UserError, match=message):
+        check(**more)
+
+
+def test_a_context_parallel_size_of_one_is_no_contradiction(check):
+    assert check(context_parallel_size=1)
+    with pytest.raises(UserError, match="--context-parallel-size 2: not available yet"):
+        check(context_parallel_size=2, world_size=2)
+
+
+def test_the_data_config_follows_model_and_flags(check, workspace):
+    checked = check(mm_dense_connector_type="sti", seed=7)
+    config = run.data_config(checked, 1)
+    assert (config.tokens_per_image, config.seq_length, config.model_max_length) == (16 + 2 * 2, 128, 128)
+    assert (config.tokenizer_path, config.image_aspect_ratio, config.seed) == (workspace["llama"], "pad", 7)
+
+
+def test_where_the_index_lies(check, tmp_path, monkeypatch):
+    settings = check().settings
+    assert run.index_folder(settings) == str(tmp_path / "run" / "index")
+    assert run.index_folder(replace(settings, index_folder="here")) == "here"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    nowhere = run.index_folder(replace(settings, output_dir=""))
+    assert nowhere.startswith(str(tmp_path / "cache"))
+    assert run.index_folder(replace(settings, output_dir="", data_path="other.json")) != nowhere
+
+
+def test_the_plan_hash_follows_what_orders_the_samples(check):
+    config = run.data_config(check(), 1)
+    first = run.plan_hash("key", config)
+    assert run.plan_hash("key", replace(config, image_folder="elsewhere")) == first
+    others = [
+        run.plan_hash("other key", config),
+        run.plan_hash("key", replace(config, seed=config.seed + 1)),
+        run.plan_hash("key", replace(config, order="sequential")),
+        run.plan_hash("key", replace(config, seq_length=config.seq_length * 2)),
+    ]
+    assert len({first, *others}) == 5
+
+
+def test_a_changed_plan_is_refused_only_where_the_position_counts(check):
+    settings = check().settings
+    resuming = Start([], [], loads=True, resumes=True, plan_hash="old")
+    with pytest.raises(UserError, match=r"not those the checkpoint.*--load DIR --finetune"):
+        run.refuse_changed_plan(resuming, "new", settings)
+    run.refuse_changed_plan(resuming, "old", settings)
+    run.refuse_changed_plan(replace(resuming, plan_hash=None), "new", settings)  # saved without a hash
+    run.refuse_changed_plan(replace(resuming, resumes=False), "new", settings)
+
+
+def test_the_resolved_config_is_plain_json(check):
+    content = json.loads(json.dumps(run.resolved(check(), ["--num-layers", "4"])))
+    assert content["megatron_argv"] == ["--num-layers", "4"]
+    assert content["language"]["hidden_size"] == 64
+    assert content["settings"]["version"] == "v1"
