@@ -89,3 +89,11 @@ def global_name(model: DenseConnectorModel, name: str) -> str:
         return name
     local, rest = name[len(prefix) :].split(".", 1)
     return f"{prefix}{model.language_model.decoder.layers[int(local)].layer_number - 1}.{rest}"
+
+
+def load_checkpoint(model: DenseConnectorModel, folder: str) -> None:
+    """Fill the model from one iteration's ``torch_dist`` folder, written at whatever layout."""
+    from megatron.core import dist_checkpointing
+
+    state = dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)
+    model.load_state_dict(state["model"])

@@ -72,7 +72,8 @@ class DenseConnectorModel(MegatronModule):
         """One micro-batch (the batch contract of the data room).
 
         Last stage: losses [supervised positions] in fp32, row-major; with ``positions`` (indices into the flattened
-        b * s) logits [k, vocab_size] instead. Other stages: hidden states for the next one.
+        b * s) logits [k, vocab_size] instead. Other stages: hidden states for the next one. ``image_features``
+        [num_images * tokens, h] in the batch stand for pixels that were encoded before.
         """
         embeddings = self._embed(batch) if self.pre_process else None
         request = HeadRequest(
@@ -106,7 +107,9 @@ class DenseConnectorModel(MegatronModule):
         """Token embeddings with image features in their places, [s, b, h], split under sequence parallelism."""
         embeddings = self.language_model.embedding(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
         if batch["num_images"]:
-            features = self.image_features(batch["pixel_values"], batch["num_images"]).flatten(0, 1)
+            features = batch.get("image_features")
+            if features is None:
+                features = self.image_features(batch["pixel_values"], batch["num_images"]).flatten(0, 1)
             length, rows, width = embeddings.shape
             places = batch["image_mask"].flatten().nonzero().squeeze(-1)
             chosen = features.index_select(0, batch["image_feature_index"]).to(embeddings.dtype)

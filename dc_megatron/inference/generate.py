@@ -1,0 +1,124 @@
+"""Greedy answers to questions about pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dc_megatron.data.conversation import stop_text
+from dc_megatron.data.image_loading import image_loader
+from dc_megatron.data.tokenization import TextTokenizer, encode_prompt
+from dc_megatron.inference.session import Session
+
+
+@dataclass(frozen=True)
+class Question:
+    """``images``: picture files, in the order of the ``<image>`` marks in ``text`` (or in front of it)."""
+
+    text: str
+    images: tuple[str, ...] = ()
+
+
+@dataclass
+class _Row:
+    ids: list[int]
+    mask: list[bool]
+    answer: list[int]
+    done: bool = False
+
+
+def answer(
+    session: Session,
+    tokenizer: TextTokenizer,
+    questions: Sequence[Question],
+    max_new_tokens: int = 64,
+    image_backend: str = "auto",
+) -> list[str]:
+    """The greedy answer to each of ``questions``, which are run as one batch. Every rank calls it and gets them all.
+
+    A token costs a forward pass over the whole row: nothing is kept between tokens but the features of the pictures.
+    """
+    resolved = session.resolved
+    rows = []
+    for question in questions:
+        ids, mask = encode_prompt(
+            tokenizer, resolved.version, question.text, len(question.images), resolved.tokens_per_image
+        )
+        rows.append(_Row(list(ids), list(mask), []))
+    stops = _stop_ids(tokenizer, resolved.version)
+    features = _features(session, questions, image_backend)
+    images = sum(len(question.images) for question in questions)
+    for _ in range(max_new_tokens):
+        _append(rows, _next_tokens(session, rows, features, images).tolist(), stops)
+        if all(row.done for row in rows):
+            break
+    text = [tokenizer.decode(row.answer) for row in rows]
+    end = stop_text(resolved.version)
+    return [t.split(end)[0].strip() if end.strip() else t.split(end)[0] for t in text]
+
+
+def _stop_ids(tokenizer: TextTokenizer, version: str) -> set[int]:
+    end = stop_text(version)
+    special = tokenizer.special_id(end)
+    ids = {special} if special is not None else set()
+    if not ids:
+        ids = {tokenizer.encode("a" + end)[0][-1]}
+    return ids | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set())
+
+
+def _features(session: Session, questions: Sequence[Question], image_backend: str) -> Tensor | None:
+    """Features [n * tokens, h] of all pictures on the first stage; each tensor-parallel rank encodes its share."""
+    model = session.unwrapped
+    files = [image for question in questions for image in question.images]
+    if model.connector is None or not files:
+        return None
+    resolved = session.resolved
+    loader = image_loader(image_backend, resolved.vision, resolved.image_aspect_ratio)
+    group = model.pg_collection.tp
+    share = -(-len(files) // group.size())
+    pixels, _ = loader.load(files[group.rank() * share : (group.rank() + 1) * share])
+    with torch.no_grad():
+        return model.image_features(pixels.to(session.device), len(files)).flatten(0, 1)
+
+
+def _next_tokens(session: Session, rows: list[_Row], features: Tensor | None, images: int) -> Tensor:
+    """int64 [rows]: the likeliest next token of every row, on all ranks."""
+    batch, ends = _batch(rows, session.resolved.source.tensor_model_parallel_size)
+    batch["image_features"] = features
+    batch["num_images"] = images
+    logits = session.forward(batch, positions=ends)
+    chosen = torch.zeros(len(rows), dtype=torch.int64, device=session.device)
+    if logits is not None:
+        chosen = logits.argmax(dim=-1)
+    return session.from_last_stage(chosen)
+
+
+def _append(rows: list[_Row], tokens: list[int], stops: set[int]) -> None:
+    for row, token in zip(rows, tokens, strict=True):
+        if row.done or token in stops:
+            row.done = True
+            continue
+        row.answer.append(token)
+        row.ids.append(token)
+        row.mask.append(False)
+
+
+def _batch(rows: list[_Row], multiple: int) -> tuple[dict, Tensor]:
+    """Rows padded on the right to a common length, and the flat index of the last real position of each."""
+    length = max(len(row.ids) for row in rows)
+    length = -(-length // multiple) * multiple
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        ids[number, : len(row.ids)] = torch.tensor(row.ids)
+        mask[number, : len(row.mask)] = torch.tensor(row.mask)
+    ends = torch.tensor([number * length + len(row.ids) - 1 for number, row in enumerate(rows)])
+    return {
+        "input_ids": ids,
+        "position_ids": torch.arange(length).expand(len(rows), -1),
+        "image_mask": mask,
+        "image_feature_index": torch.arange(int(mask.sum())),
+    }, ends

@@ -1,0 +1,107 @@
+"""A model ready to answer or to be scored, from whatever source, at any tensor and pipeline parallel size."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from dc_megatron.config import padded_vocab_size
+from dc_megatron.inference.source import Resolved, check_world
+from dc_megatron.runtime import device, installed, parallel, patches
+
+
+class Session:
+    """The model of ``resolved`` on this rank, in evaluation mode. Starts the process groups."""
+
+    def __init__(self, resolved: Resolved, seed: int = 1234):
+        self.resolved = resolved
+        self.device = device.device()
+        device.limit_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        patches.apply()
+        source = resolved.source
+        check_world(source, int(os.environ.get("WORLD_SIZE", "1")))
+        parallel.start(source.tensor_model_parallel_size, source.pipeline_model_parallel_size, seed=seed)
+        self.model = self._build(seed)
+
+    def _build(self, seed: int):
+        from megatron.core import parallel_state
+        from megatron.core.transformer.module import Float16Module
+
+        from dc_megatron.inference import assemble
+        from dc_megatron.model.language_model import Layout, transformer_config
+
+        resolved, source = self.resolved, self.resolved.source
+        engine = device.has_cuda() and installed.has_transformer_engine()
+        layout = Layout(
+            source.tensor_model_parallel_size,
+            source.pipeline_model_parallel_size,
+            params_dtype=torch.bfloat16 if source.bf16 else torch.float32,
+            transformer_engine=engine,
+        )
+        rows = padded_vocab_size(resolved.language.vocab_size, source.tensor_model_parallel_size)
+        config = transformer_config(resolved.language, layout)
+        model = assemble.build_model(
+            resolved.language,
+            resolved.vision,
+            resolved.connector,
+            config,
+            vocab_rows=rows,
+            max_sequence_length=resolved.language.max_position_embeddings,
+            transformer_engine=engine,
+            seed=seed,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+        )
+        assemble.load_vision_tower(model, resolved.vision, resolved.connector)
+        if resolved.iteration_folder:
+            assemble.load_checkpoint(model, resolved.iteration_folder)
+        else:
+            assemble.load_language_model(model, resolved.language, rows)
+            if source.projector:
+                type_named = bool(source.dense_connector_type)
+                assemble.load_projector(model, source.projector, resolved.vision, resolved.connector, type_named)
+        model = model.to(self.device)
+        return (Float16Module(config, model) if source.bf16 else model).eval()
+
+    @property
+    def unwrapped(self):
+        from megatron.core.utils import unwrap_model
+
+        return unwrap_model([self.model])[0]
+
+    @torch.no_grad()
+    def forward(self, batch: dict, positions: Tensor | None = None) -> Tensor | None:
+        """Losses or logits of one micro-batch (see DenseConnectorModel.forward) on the last stage, None elsewhere.
+
+        Every rank of the model calls it together. S must be a multiple of the tensor-parallel size.
+        """
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        moved = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in batch.items()}
+
+        def forward_step(iterator, model):
+            output = model(moved, positions=positions if positions is None else positions.to(self.device))
+            return output, lambda output, non_loss_data=True: output
+
+        collected = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=self.model,
+            num_microbatches=1,
+            seq_length=batch["input_ids"].shape[1],
+            micro_batch_size=batch["input_ids"].shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        return collected[0] if collected else None
+
+    def from_last_stage(self, tensor: Tensor) -> Tensor:
+        """``tensor`` as the last pipeline stage has it, on all stages; shapes agree everywhere."""
+        from megatron.core import parallel_state
+
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            source = parallel_state.get_pipeline_model_parallel_last_rank()
+            torch.distributed.broadcast(tensor, source, group=parallel_state.get_pipeline_model_parallel_group())
+        return tensor

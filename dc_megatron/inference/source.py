@@ -1,0 +1,130 @@
+"""Which model is meant: a training checkpoint or Hugging Face folders, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, check_parallel_layout, image_tokens
+from dc_megatron.errors import UserError
+from dc_megatron.weights import checkpoint_folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from. Either ``load`` (an --output_dir of training) or the Hugging Face folders.
+
+    Empty strings and None mean "as the checkpoint says", or the default where there is no checkpoint.
+    """
+
+    load: str = ""
+    checkpoint_step: int | None = None
+    model_name_or_path: str = ""
+    vision_tower: str = ""
+    projector: str = ""
+    dense_connector_type: str = ""
+    select_layer: int | None = None
+    version: str = ""
+    image_aspect_ratio: str = ""
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A source with every choice made and every folder read."""
+
+    source: Source
+    language: LanguageConfig
+    vision: VisionConfig
+    connector: ConnectorConfig
+    version: str
+    image_aspect_ratio: str
+    iteration_folder: str
+    model_max_length: int | None
+
+    @property
+    def tokens_per_image(self) -> int:
+        return image_tokens(self.vision, self.connector)
+
+
+def resolve(source: Source) -> Resolved:
+    """Read the small files of ``source``; no torch work. UserError: missing or contradictory folders and settings."""
+    resolved = _resolve_checkpoint(source) if source.load else _resolve_folders(source)
+    check_parallel_layout(resolved.language, source.tensor_model_parallel_size, source.pipeline_model_parallel_size)
+    return resolved
+
+
+def _resolve_checkpoint(source: Source) -> Resolved:
+    if source.projector or source.model_name_or_path:
+        raise UserError(
+            "--load holds language model and projector: drop --model_name_or_path and --pretrain_mm_mlp_adapter"
+        )
+    described = checkpoint_folder.read_description(source.load)
+    if source.dense_connector_type not in ("", described.mm_dense_connector_type):
+        raise UserError(
+            f"--mm_dense_connector_type {source.dense_connector_type}: {source.load} was trained with"
+            f" {described.mm_dense_connector_type}"
+        )
+    iteration = source.checkpoint_step
+    if iteration is None:
+        iteration, _ = checkpoint_folder.newest_complete(source.load)
+    if iteration is None or checkpoint_folder.read_manifest(source.load, iteration) is None:
+        raise UserError(
+            f"--load {source.load}: holds no complete checkpoint" + (f" of step {iteration}" if iteration else "")
+        )
+    tower = source.vision_tower or described.vision_tower
+    if not os.path.isdir(tower):
+        raise UserError(
+            f"--load {source.load}: its frozen vision tower was {tower}, which is not there; name it:"
+            " --vision_tower DIR"
+        )
+    if checkpoint_folder.hash_folder_weights(tower) != described.vision_tower_hash:
+        raise UserError(f"--vision_tower {tower}: not the weights that {source.load} was trained with")
+    return Resolved(
+        source=source,
+        language=LanguageConfig.from_folder(os.path.join(source.load, "hf"), "--load"),
+        vision=VisionConfig.from_folder(tower),
+        connector=ConnectorConfig(
+            described.mm_dense_connector_type, described.mm_projector_type, described.mm_vision_select_layer
+        ),
+        version=source.version or described.version,
+        image_aspect_ratio=source.image_aspect_ratio or described.image_aspect_ratio,
+        iteration_folder=checkpoint_folder.iteration_folder(source.load, iteration),
+        model_max_length=described.model_max_length,
+    )
+
+
+def _resolve_folders(source: Source) -> Resolved:
+    for flag, value in (
+        ("--model_name_or_path", source.model_name_or_path),
+        ("--vision_tower", source.vision_tower),
+        ("--version", source.version),
+    ):
+        if not value:
+            raise UserError(
+                f"{flag} is missing: give --load DIR, or --model_name_or_path, --vision_tower and --version"
+            )
+    select_layer = {} if source.select_layer is None else {"select_layer": source.select_layer}
+    return Resolved(
+        source=source,
+        language=LanguageConfig.from_folder(source.model_name_or_path),
+        vision=VisionConfig.from_folder(source.vision_tower),
+        connector=ConnectorConfig(source.dense_connector_type or "dci", **select_layer),
+        version=source.version,
+        image_aspect_ratio=source.image_aspect_ratio or "pad",
+        iteration_folder="",
+        model_max_length=None,
+    )
+
+
+def check_world(source: Source, world: int) -> None:
+    """Refuse a number of processes that the layout of ``source`` does not divide."""
+    needed = source.tensor_model_parallel_size * source.pipeline_model_parallel_size
+    if world % needed:
+        raise UserError(
+            f"{world} processes: --tensor-model-parallel-size {source.tensor_model_parallel_size} x"
+            f" --pipeline-model-parallel-size {source.pipeline_model_parallel_size} needs a multiple of {needed};"
+            f" start with torchrun --nproc-per-node {needed}"
+        )
