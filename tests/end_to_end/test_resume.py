@@ -1,0 +1,118 @@
+"""A run that was killed, or asked to stop, goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from dc_megatron.weights import checkpoint_folder
+from tests.end_to_end.launch import TRAIN, Launch, last_iteration, metrics, run, torchrun
+from tests.helpers.workspace import training_flags
+
+STEPS, SAVE_STEPS, KILLED_AFTER = 16, 4, 5
+# What a step computed; the seconds it took are no part of that.
+TIMES = ("step_seconds", "data_wait_seconds")
+STAGE_2_TP2 = {"tensor-model-parallel-size": 2, "use-distributed-optimizer": True}
+STAGE_2_DP2 = {"micro_batch_size": 1, "use-distributed-optimizer": True, "overlap-grad-reduce": True}
+# The second stage has nothing that learns.
+STAGE_1_PP2 = {"trainable": "connector", "pipeline-model-parallel-size": 2, "lr_scheduler_type": "constant"}
+
+
+def command(workspace, output: Path, **more) -> list[str]:
+    recipe = {"max_steps": STEPS, "save_steps": SAVE_STEPS, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1}
+    return [*torchrun(2), *TRAIN, *training_flags(workspace, output, **{**recipe, **more})]
+
+
+def computed(folder: Path) -> list[dict]:
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(folder)]
+
+
+def assert_same_steps(found: Path, expected: Path, first: int, last: int) -> None:
+    """Every number of the steps after ``first`` up to ``last`` is equal to the last bit."""
+    assert last - first >= 10, "the comparison should cover at least ten steps after the resume"
+    assert [line["iteration"] for line in metrics(found)] == list(range(1, last + 1)), "a step twice, or none"
+    assert computed(found)[first:last] == computed(expected)[first:last]
+
+
+def kill_after_a_save(workspace, output: Path, **more) -> None:
+    """A run that dies a step or more after its first checkpoint and before its second."""
+    with Launch(command(workspace, output, **more), output / "logs") as launch:
+        launch.wait_until(lambda: last_iteration(output) >= KILLED_AFTER, f"step {KILLED_AFTER}")
+        launch.kill()
+    assert checkpoint_folder.newest_complete(output) == (SAVE_STEPS, []), "the kill came too late for this test"
+
+
+def leave_half_written(output: Path) -> None:
+    """Later iterations as a crash may leave them: one without manifest, one whose manifest misses a file."""
+    complete = Path(checkpoint_folder.iteration_folder(output, SAVE_STEPS))
+    without_manifest = Path(shutil.copytree(complete, checkpoint_folder.iteration_folder(output, 2 * SAVE_STEPS)))
+    (without_manifest / checkpoint_folder.MANIFEST).unlink()
+    file_lost = Path(shutil.copytree(complete, checkpoint_folder.iteration_folder(output, 3 * SAVE_STEPS)))
+    next(file_lost.glob("*.distcp")).unlink()
+    (output / checkpoint_folder.TRACKER).write_text(str(3 * SAVE_STEPS))
+
+
+@pytest.fixture(scope="module")
+def stage_2(workspace, tmp_path_factory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run(command(workspace, output, **STAGE_2_TP2), output / "logs").assert_succeeded()
+    assert len(metrics(output)) == STEPS
+    return output
+
+
+def test_after_kill_9_the_same_flags_go_on_bit_for_bit_from_the_newest_complete_checkpoint(
+    workspace, stage_2, tmp_path
+):
+    output = tmp_path / "run"
+    kill_after_a_save(workspace, output, **STAGE_2_TP2)
+    leave_half_written(output)
+    resumed = run(command(workspace, output, **STAGE_2_TP2), output / "logs").assert_succeeded()
+    assert "iteration 12, 8 was not written to its end; iteration 4 is taken" in resumed.output
+    assert f"resuming from iteration {SAVE_STEPS} of {output}" in resumed.output
+    assert_same_steps(output, stage_2, SAVE_STEPS, STEPS)
+    assert checkpoint_folder.newest_complete(output) == (STEPS, [])
+    # What was half written was written again, and counts now.
+    assert all(checkpoint_folder.read_manifest(output, iteration) for iteration in range(4, STEPS + 1, SAVE_STEPS))
+
+
+def test_a_checkpoint_of_two_tensor_ranks_goes_on_at_two_pipeline_stages(workspace, stage_2, tmp_path):
+    output = tmp_path / "run"
+    for name in ("hf", checkpoint_folder.iteration_folder("", SAVE_STEPS)):
+        shutil.copytree(stage_2 / name, output / name)
+    more = {"pipeline-model-parallel-size": 2, "use-distributed-optimizer": True}
+    resumed = run(command(workspace, output, **more), output / "logs").assert_succeeded()
+    assert f"resuming from iteration {SAVE_STEPS}" in resumed.output
+    found, expected = metrics(output), metrics(stage_2)[SAVE_STEPS:]
+    assert [line["iteration"] for line in found] == [line["iteration"] for line in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5), ours["iteration"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5), ours["iteration"]
+        assert (ours["lr"], ours["tokens"], ours["images"]) == (theirs["lr"], theirs["tokens"], theirs["images"])
+
+
+def test_sigusr1_saves_and_exits_and_a_stage_without_parameters_that_learn_resumes(workspace, tmp_path):
+    stopped, output = tmp_path / "stopped", tmp_path / "run"
+    # The schedule is constant, so that steps do not depend on how many there will be.
+    with Launch(command(workspace, stopped, **{**STAGE_1_PP2, "max_steps": 5000}), stopped / "logs") as launch:
+        launch.wait_until(lambda: last_iteration(stopped) >= STEPS, f"step {STEPS}")
+        # To one rank: the engine tells the others.
+        ranks = launch.ranks()
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGUSR1)
+        launch.finish().assert_succeeded()
+    last = last_iteration(stopped)
+    assert checkpoint_folder.newest_complete(stopped) == (last, [])
+    assert last < 5000
+
+    output.mkdir()
+    iteration = checkpoint_folder.iteration_folder("", SAVE_STEPS)
+    shutil.copytree(stopped / iteration, output / iteration)
+    shutil.copy(stopped / "metrics.jsonl", output)
+    run(command(workspace, output, **STAGE_1_PP2), output / "logs").assert_succeeded()
+    assert_same_steps(output, stopped, SAVE_STEPS, STEPS)
+
