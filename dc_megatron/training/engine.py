@@ -12,6 +12,9 @@ from dc_megatron.runtime import device, installed, patches
 from dc_megatron.training import run
 from dc_megatron.training.arguments import backend_argv, engine_argv, plan_steps
 from dc_megatron.training.metrics import MetricsFile, StepCounts
+from dc_megatron.weights.language_loading import LanguageWeights
+from dc_megatron.weights.projector_files import read_projector
+from dc_megatron.weights.vision_tables import vision_state_dict
 
 
 def train(checked: run.Checked) -> None:
@@ -21,6 +24,7 @@ def train(checked: run.Checked) -> None:
     # Megatron's tensor parallelism wants kernels in order of launch; the launchers set it for the others.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device.limit_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    _check_weights(checked)
     config = run.data_config(checked, world_size)
     index = build_or_wait(config, run.index_folder(checked.settings), local_rank, progress=_progress(local_rank))
     plan = run.plan_hash(index.summary.key, config)
@@ -31,6 +35,26 @@ def train(checked: run.Checked) -> None:
     patches.apply(training=True)
     args = _parse(words, checked)
     _pretrain(checked, args, index, config, plan, words)
+
+
+def _check_weights(checked: run.Checked) -> None:
+    """Open whatever weights will be read: headers tell names, shapes and kinds.
+
+    On every rank alike, and before data index and engine: what is wrong is said in seconds. Tensors are mapped into
+    memory, not read.
+    """
+    settings, language = checked.settings, checked.language
+    if not checked.start.loads:
+        LanguageWeights(language.path, language, 0, 1, language.vocab_size)
+    vision_state_dict(checked.vision.path, checked.vision, checked.connector)
+    if settings.pretrain_mm_mlp_adapter and not checked.start.resumes:
+        read_projector(
+            settings.pretrain_mm_mlp_adapter,
+            checked.connector,
+            checked.vision,
+            language.hidden_size,
+            type_named=checked.names_connector_type,
+        )
 
 
 def _engine_words(checked: run.Checked, samples: int, world_size: int) -> list[str]:

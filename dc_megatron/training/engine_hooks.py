@@ -130,9 +130,13 @@ def _sum_over_ranks(session: Session, learning_rate: float, wait: float) -> dict
 
 
 def _save_hook(original: Callable, session: Session) -> Callable:
-    """``save_checkpoint`` and, after it, projector, side files and last the manifest that makes it complete."""
+    """``save_checkpoint`` in an empty folder and, after it, projector, side files and last the manifest that makes it
+    complete."""
 
     def save_checkpoint(iteration, model, *args, **kwargs):
+        if torch.distributed.get_rank() == 0:
+            checkpoint_folder.discard_iteration(get_args().save, iteration)
+        torch.distributed.barrier()
         result = original(iteration, model, *args, **kwargs)
         torch.distributed.barrier()
         if torch.distributed.get_rank() == 0:

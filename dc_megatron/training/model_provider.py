@@ -40,8 +40,13 @@ def make_model_provider(checked: Checked) -> Callable:
         if not checked.start.loads:
             load_language_model(model, checked.language, args.padded_vocab_size)
         if settings.pretrain_mm_mlp_adapter and not checked.start.resumes:
-            type_named = "mm_dense_connector_type" in settings.given
-            load_projector(model, settings.pretrain_mm_mlp_adapter, checked.vision, checked.connector, type_named)
+            load_projector(
+                model,
+                settings.pretrain_mm_mlp_adapter,
+                checked.vision,
+                checked.connector,
+                checked.names_connector_type,
+            )
             model.connector_is_given = checked.start.loads and model.connector is not None
         model.set_trainable(set(settings.trainable))
         return model

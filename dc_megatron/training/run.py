@@ -36,6 +36,11 @@ class Checked:
     def settings(self) -> RunSettings:
         return self.translation.settings
 
+    @property
+    def names_connector_type(self) -> bool:
+        """Whether the user typed the connector's type, which a projector file without metadata needs."""
+        return "mm_dense_connector_type" in self.settings.given
+
 
 def check(argv: list[str], world_size: int) -> Checked:
     """Read ``argv`` and the small files it names. Takes a tenth of a second: no torch, no weights, no data.

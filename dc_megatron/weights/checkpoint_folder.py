@@ -10,6 +10,7 @@ An iteration without a manifest that its files agree with was not written to its
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -67,6 +68,18 @@ def _file_sizes(folder: str) -> dict[str, int]:
             if name != MANIFEST and not name.endswith(".tmp"):
                 found[os.path.relpath(path, folder)] = os.path.getsize(path)
     return found
+
+
+def discard_iteration(folder: str, iteration: int) -> None:
+    """Remove what an earlier attempt left of an iteration that is about to be written, its manifest first.
+
+    Written over, a manifest of the earlier attempt could vouch for a mixture of both.
+    """
+    target = iteration_folder(folder, iteration)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(target, MANIFEST))
+    if os.path.isdir(target):
+        shutil.rmtree(target)
 
 
 def write_manifest(folder: str, iteration: int, content: dict) -> None:
