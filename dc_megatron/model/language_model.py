@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,8 +113,6 @@ def build_language_model(
     """This rank's part of the language model. ``vocab_rows`` is the padded vocabulary over the whole group."""
     pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pg_collection.pp.rank())
-    # GPTModel announces its successor HybridModel, which has no output_processor; we stay, knowingly.
-    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_not_the_deprecation)
     return GPTModel(
         config=config,
         transformer_layer_spec=_layer_spec(config, transformer_engine, layers),
@@ -134,7 +131,3 @@ def build_language_model(
         vp_stage=vp_stage,
         pg_collection=pg_collection,
     )
-
-
-def _not_the_deprecation(record: logging.LogRecord) -> bool:
-    return "GPTModel IS DEPRECATED" not in record.getMessage()

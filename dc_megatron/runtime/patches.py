@@ -12,7 +12,7 @@ import queue
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dc_megatron.runtime import cpu_device, device, installed
+from dc_megatron.runtime import cpu_device, device, installed, noise
 from dc_megatron.runtime.adam import GroupStepAdam
 
 
@@ -193,6 +193,7 @@ def apply(training: bool = False) -> list[str]:
     Returns the targets that are patched now. Calling again adds only what is missing. Modules of megatron are imported
     here: import dc_megatron.runtime.patches before megatron, and call this before building anything.
     """
+    noise.leave_out_expected()
     for row in CORE_ROWS + (TRAINING_ROWS if training else []):
         if row.target in _applied or not CONDITIONS[row.condition]():
             continue
