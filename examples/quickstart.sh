@@ -16,9 +16,9 @@ fail() { echo "quickstart.sh: $*" >&2; exit 2; }
 [ $# = 0 ] || fail "takes no arguments, only environment variables; they are listed in examples/quickstart.sh"
 
 run="${QUICKSTART_RUN:-runs/quickstart}" # everything is written here
-text_steps="${QUICKSTART_TEXT_STEPS:-${QUICKSTART_STEPS:-300}}"
-stage1_steps="${QUICKSTART_STAGE1_STEPS:-${QUICKSTART_STEPS:-250}}"
-stage2_steps="${QUICKSTART_STAGE2_STEPS:-${QUICKSTART_STEPS:-150}}"
+text_steps="${QUICKSTART_TEXT_STEPS:-${QUICKSTART_STEPS:-250}}"
+stage1_steps="${QUICKSTART_STAGE1_STEPS:-${QUICKSTART_STEPS:-220}}"
+stage2_steps="${QUICKSTART_STAGE2_STEPS:-${QUICKSTART_STEPS:-120}}"
 batch="${QUICKSTART_BATCH:-32}"             # samples a step
 texts="${QUICKSTART_TEXTS:-8000}"           # text-only records
 pictures="${QUICKSTART_PICTURES:-3000}"     # pictures trained on
@@ -86,16 +86,16 @@ make_inputs() {
   return "$status"
 }
 
-# train STAGE STEPS FLAGS...: one training run in RUN/STAGE. Rows hold one sample of at most 64 positions (16 of them a
-# picture's); one micro-batch a step, because on the CPU every message between the processes costs the same.
+# train STAGE STEPS LENGTH FLAGS...: one training run in RUN/STAGE with rows of LENGTH positions, which hold the longest
+# sample. One micro-batch a step, because on the CPU every message between the processes costs the same.
 train() {
-  local stage="$1" steps="$2"
-  shift 2
+  local stage="$1" steps="$2" length="$3"
+  shift 3
   $python -m torch.distributed.run --standalone --nproc-per-node "$tensor_parallel" -m dc_megatron.pretrain \
     --model_name_or_path "$run/models/language_model" --vision_tower "$run/models/vision_tower" \
-    --mm_dense_connector_type dci --version v1 --image_folder "$run/data" --model_max_length 64 \
+    --mm_dense_connector_type dci --version v1 --image_folder "$run/data" --model_max_length "$length" \
     --tensor-model-parallel-size "$tensor_parallel" --global-batch-size "$batch" --micro-batch-size "$batch" \
-    --max_steps "$steps" --save_steps "$steps" --lr_scheduler_type cosine --warmup_ratio 0.03 --weight_decay 0 \
+    --max_steps "$steps" --save_steps "$steps" --lr_scheduler_type cosine --weight_decay 0 \
     --logging_steps 10 --dataloader_num_workers 1 --seed "$((seed + 1))" --output_dir "$run/$stage" "$@"
 }
 
@@ -108,13 +108,15 @@ ask() {
 step inputs "draws pictures, makes a tokenizer and random models" make_inputs
 # Text moves no weight of the connector: it gets no gradient without a picture.
 step text "text: the language model learns, $text_steps steps" \
-  train text "$text_steps" --data_path "$run/data/text.json" --trainable connector,llm --learning_rate 1e-3
+  train text "$text_steps" 64 --data_path "$run/data/text.json" --trainable connector,llm \
+  --learning_rate 1e-3 --warmup_ratio 0.03
 step stage1 "stage 1: the connector learns, $stage1_steps steps" \
-  train stage1 "$stage1_steps" --data_path "$run/data/train.json" --image_aspect_ratio square --trainable connector \
-  --load "$run/text" --finetune --learning_rate 2e-3
+  train stage1 "$stage1_steps" 52 --data_path "$run/data/train.json" --image_aspect_ratio square \
+  --trainable connector --load "$run/text" --finetune --learning_rate 2e-3 --warmup_ratio 0.03
 step ask-stage1 "asks about pictures not seen before" ask stage1
+# A short warm-up here would undo part of stage 1 before improving on it.
 step stage2 "stage 2: connector and language model learn, $stage2_steps steps" \
-  train stage2 "$stage2_steps" --data_path "$run/data/train.json" --image_aspect_ratio pad --trainable connector,llm \
-  --load "$run/text" --finetune --pretrain_mm_mlp_adapter "$run/stage1" --learning_rate 5e-4
+  train stage2 "$stage2_steps" 52 --data_path "$run/data/train.json" --image_aspect_ratio pad --trainable connector,llm \
+  --load "$run/text" --finetune --pretrain_mm_mlp_adapter "$run/stage1" --learning_rate 5e-4 --warmup_ratio 0.1
 step ask-stage2 "asks again" ask stage2
 $python examples/quickstart/summary.py --run "$run" --tensor-parallel "$tensor_parallel"
