@@ -29,9 +29,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "tensor_model_parallel_size", type=int, default=1, metavar="N", help="start with torchrun")
     add_flag(group, "pipeline_model_parallel_size", type=int, default=1, metavar="N", help="start with torchrun")
     group.add_argument("--bf16", action="store_true", help="compute in bf16 (default: fp32)")
-    add_flag(
-        group, "image_backend", default="auto", choices=("auto", "dali", "pil"), help="default: auto"
-    )
+    add_flag(group, "image_backend", default="auto", choices=("auto", "dali", "pil"), help="default: auto")
 
 
 def source_of(options: argparse.Namespace) -> Source:

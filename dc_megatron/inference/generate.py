@@ -11,7 +11,7 @@ from torch import Tensor
 from dc_megatron.data.conversation import stop_text
 from dc_megatron.data.image_loading import image_loader
 from dc_megatron.data.tokenization import TextTokenizer, encode_prompt
-from dc_megatron.inference.session import Session
+from dc_megatron.inference.session import Runner
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Row:
 
 
 def answer(
-    session: Session,
+    session: Runner,
     tokenizer: TextTokenizer,
     questions: Sequence[Question],
     max_new_tokens: int = 64,
@@ -42,17 +42,29 @@ def answer(
     A token costs a forward pass over the whole row: nothing is kept between tokens but the features of the pictures.
     """
     resolved = session.resolved
-    rows = []
-    for question in questions:
-        ids, mask = encode_prompt(
-            tokenizer, resolved.version, question.text, len(question.images), resolved.tokens_per_image
-        )
-        rows.append(_Row(list(ids), list(mask), []))
+    prompts = [
+        encode_prompt(tokenizer, resolved.version, question.text, len(question.images), resolved.tokens_per_image)
+        for question in questions
+    ]
+    files = [image for question in questions for image in question.images]
+    return continue_prompts(session, tokenizer, prompts, files, max_new_tokens, image_backend)
+
+
+def continue_prompts(
+    session: Runner,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[tuple[Sequence[int], Sequence[bool]]],
+    files: Sequence[str],
+    max_new_tokens: int,
+    image_backend: str = "auto",
+) -> list[str]:
+    """As ``answer`` for prompts that are tokenised: (ids, image mask) each, and all pictures in their order."""
+    resolved = session.resolved
+    rows = [_Row(list(ids), list(mask), []) for ids, mask in prompts]
     stops = _stop_ids(tokenizer, resolved.version)
-    features = _features(session, questions, image_backend)
-    images = sum(len(question.images) for question in questions)
+    features = _features(session, files, image_backend)
     for _ in range(max_new_tokens):
-        _append(rows, _next_tokens(session, rows, features, images).tolist(), stops)
+        _append(rows, _next_tokens(session, rows, features, len(files)).tolist(), stops)
         if all(row.done for row in rows):
             break
     text = [tokenizer.decode(row.answer) for row in rows]
@@ -69,10 +81,9 @@ def _stop_ids(tokenizer: TextTokenizer, version: str) -> set[int]:
     return ids | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set())
 
 
-def _features(session: Session, questions: Sequence[Question], image_backend: str) -> Tensor | None:
+def _features(session: Runner, files: Sequence[str], image_backend: str) -> Tensor | None:
     """Features [n * tokens, h] of all pictures on the first stage; each tensor-parallel rank encodes its share."""
     model = session.unwrapped
-    files = [image for question in questions for image in question.images]
     if model.connector is None or not files:
         return None
     resolved = session.resolved
@@ -84,7 +95,7 @@ def _features(session: Session, questions: Sequence[Question], image_backend: st
         return model.image_features(pixels.to(session.device), len(files)).flatten(0, 1)
 
 
-def _next_tokens(session: Session, rows: list[_Row], features: Tensor | None, images: int) -> Tensor:
+def _next_tokens(session: Runner, rows: list[_Row], features: Tensor | None, images: int) -> Tensor:
     """int64 [rows]: the likeliest next token of every row, on all ranks."""
     batch, ends = _batch(rows, session.resolved.source.tensor_model_parallel_size)
     batch["image_features"] = features

@@ -12,7 +12,7 @@ from dc_megatron.data.image_loading import image_loader
 from dc_megatron.data.index import SampleIndex
 from dc_megatron.data.index_waiting import build_or_wait
 from dc_megatron.data.rows import assemble
-from dc_megatron.inference.session import Session
+from dc_megatron.inference.session import Runner, Session
 from dc_megatron.inference.source import Source, resolve
 
 
@@ -54,7 +54,7 @@ def score_file(
     return entries, total(entries, index.summary.dropped)
 
 
-def score(session: Session, index: SampleIndex, config: DataConfig, rows: int = 8) -> list[dict]:
+def score(session: Runner, index: SampleIndex, config: DataConfig, rows: int = 8) -> list[dict]:
     """One entry for each sample of ``index``, in its order: id, index, loss, supervised_tokens, input_tokens, images.
 
     ``loss`` is the mean over the sample's supervised tokens. ``rows`` samples run at once; data-parallel ranks take
@@ -77,7 +77,7 @@ def score(session: Session, index: SampleIndex, config: DataConfig, rows: int = 
     return sorted((entry for part in everyone for entry in part), key=lambda entry: entry["index"])
 
 
-def _score_rows(session: Session, samples: list, config: DataConfig, loader) -> list[dict]:
+def _score_rows(session: Runner, samples: list, config: DataConfig, loader) -> list[dict]:
     """Entries of some samples, on the first tensor-parallel rank of the last stage; elsewhere none."""
     multiple = session.resolved.source.tensor_model_parallel_size
     length = -(-max(sample.length for sample in samples) // multiple) * multiple
@@ -103,7 +103,7 @@ def _score_rows(session: Session, samples: list, config: DataConfig, loader) -> 
     return entries
 
 
-def _pixels(session: Session, config: DataConfig, samples: list, loader) -> torch.Tensor | None:
+def _pixels(session: Runner, config: DataConfig, samples: list, loader) -> torch.Tensor | None:
     """This tensor-parallel rank's share of the pictures; None off the first stage."""
     if loader is None:
         return None

@@ -12,58 +12,16 @@ from dc_megatron.inference.source import Resolved, check_world
 from dc_megatron.runtime import device, installed, parallel, patches
 
 
-class Session:
-    """The model of ``resolved`` on this rank, in evaluation mode. Starts the process groups."""
+class Runner:
+    """Forward passes without gradients through a model that every rank of its groups holds a part of.
 
-    def __init__(self, resolved: Resolved, seed: int = 1234):
+    ``model``: the module that the schedule calls, wrapped or not, in evaluation mode.
+    """
+
+    def __init__(self, resolved: Resolved, model):
         self.resolved = resolved
         self.device = device.device()
-        device.limit_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        patches.apply()
-        source = resolved.source
-        check_world(source, int(os.environ.get("WORLD_SIZE", "1")))
-        parallel.start(source.tensor_model_parallel_size, source.pipeline_model_parallel_size, seed=seed)
-        self.model = self._build(seed)
-
-    def _build(self, seed: int):
-        from megatron.core import parallel_state
-        from megatron.core.transformer.module import Float16Module
-
-        from dc_megatron.inference import assemble
-        from dc_megatron.model.language_model import Layout, transformer_config
-
-        resolved, source = self.resolved, self.resolved.source
-        engine = device.has_cuda() and installed.has_transformer_engine()
-        layout = Layout(
-            source.tensor_model_parallel_size,
-            source.pipeline_model_parallel_size,
-            params_dtype=torch.bfloat16 if source.bf16 else torch.float32,
-            transformer_engine=engine,
-        )
-        rows = padded_vocab_size(resolved.language.vocab_size, source.tensor_model_parallel_size)
-        config = transformer_config(resolved.language, layout)
-        model = assemble.build_model(
-            resolved.language,
-            resolved.vision,
-            resolved.connector,
-            config,
-            vocab_rows=rows,
-            max_sequence_length=resolved.language.max_position_embeddings,
-            transformer_engine=engine,
-            seed=seed,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-        )
-        assemble.load_vision_tower(model, resolved.vision, resolved.connector)
-        if resolved.iteration_folder:
-            assemble.load_checkpoint(model, resolved.iteration_folder)
-        else:
-            assemble.load_language_model(model, resolved.language, rows)
-            if source.projector:
-                type_named = bool(source.dense_connector_type)
-                assemble.load_projector(model, source.projector, resolved.vision, resolved.connector, type_named)
-        model = model.to(self.device)
-        return (Float16Module(config, model) if source.bf16 else model).eval()
+        self.model = model
 
     @property
     def unwrapped(self):
@@ -105,3 +63,56 @@ class Session:
             source = parallel_state.get_pipeline_model_parallel_last_rank()
             torch.distributed.broadcast(tensor, source, group=parallel_state.get_pipeline_model_parallel_group())
         return tensor
+
+
+class Session(Runner):
+    """The model of ``resolved`` on this rank, in evaluation mode. Starts the process groups."""
+
+    def __init__(self, resolved: Resolved, seed: int = 1234):
+        device.limit_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        patches.apply()
+        source = resolved.source
+        check_world(source, int(os.environ.get("WORLD_SIZE", "1")))
+        parallel.start(source.tensor_model_parallel_size, source.pipeline_model_parallel_size, seed=seed)
+        super().__init__(resolved, _build(resolved, seed))
+
+
+def _build(resolved: Resolved, seed: int):
+    from megatron.core import parallel_state
+    from megatron.core.transformer.module import Float16Module
+
+    from dc_megatron.inference import assemble
+    from dc_megatron.model.language_model import Layout, transformer_config
+
+    source = resolved.source
+    engine = device.has_cuda() and installed.has_transformer_engine()
+    layout = Layout(
+        source.tensor_model_parallel_size,
+        source.pipeline_model_parallel_size,
+        params_dtype=torch.bfloat16 if source.bf16 else torch.float32,
+        transformer_engine=engine,
+    )
+    rows = padded_vocab_size(resolved.language.vocab_size, source.tensor_model_parallel_size)
+    config = transformer_config(resolved.language, layout)
+    model = assemble.build_model(
+        resolved.language,
+        resolved.vision,
+        resolved.connector,
+        config,
+        vocab_rows=rows,
+        max_sequence_length=resolved.language.max_position_embeddings,
+        transformer_engine=engine,
+        seed=seed,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    assemble.load_vision_tower(model, resolved.vision, resolved.connector)
+    if resolved.iteration_folder:
+        assemble.load_checkpoint(model, resolved.iteration_folder)
+    else:
+        assemble.load_language_model(model, resolved.language, rows)
+        if source.projector:
+            type_named = bool(source.dense_connector_type)
+            assemble.load_projector(model, source.projector, resolved.vision, resolved.connector, type_named)
+    model = model.to(device.device())
+    return (Float16Module(config, model) if source.bf16 else model).eval()

@@ -19,6 +19,7 @@ from dc_megatron.weights.vision_tables import vision_state_dict
 
 def train(checked: run.Checked) -> None:
     """Run the whole training. Raises UserError for what shows only now: data, weights, flags the engine refuses."""
+    _stand_alone()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     # Megatron's tensor parallelism wants kernels in order of launch; the launchers set it for the others.
@@ -35,6 +36,19 @@ def train(checked: run.Checked) -> None:
     patches.apply(training=True)
     args = _parse(words, checked)
     _pretrain(checked, args, index, config, plan, words)
+
+
+def _stand_alone() -> None:
+    """A process that nothing launched is a world of one; the engine reads that from the environment."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" and "MASTER_ADDR" not in os.environ:
+        # Port 0: any free one, which nobody else has to know.
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "0",
+        }
 
 
 def _check_weights(checked: run.Checked) -> None:
@@ -96,18 +110,34 @@ def _say_hello(checked: run.Checked, index, world_size: int) -> None:
 
 
 def _parse(words: list[str], checked: run.Checked):
-    """Megatron's arguments. It asserts what it does not like; the words of the assertion are what the user needs."""
+    """Megatron's arguments. It asserts what it does not like; the words of the assertion are what the user needs.
+
+    The model's config, which the engine makes only later, has doubts of its own.
+    """
+    from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import parse_and_validate_args
 
     sys.argv = [sys.argv[0], *words]
     try:
         args = parse_and_validate_args()
-    except AssertionError as error:
+        core_transformer_config_from_args(args)
+    except (AssertionError, ValueError) as error:
         raise UserError(f"Megatron refuses these flags: {error or 'see the traceback of its validate_args'}") from error
     for name, value in asdict(checked.settings).items():
         # Only primitives: an object of ours would make the weights-only loading of a checkpoint fail.
         setattr(args, f"dc_{name}", ",".join(value) if isinstance(value, tuple) else value)
     return args
+
+
+def _sample_pictures(checked: run.Checked, args, index, config):
+    from dc_megatron.training.sample_pictures import SamplePictures
+
+    count = checked.settings.log_images
+    if args.virtual_pipeline_model_parallel_size:
+        raise UserError(f"--log-images {count}: not available yet with virtual pipeline stages; leave it out")
+    if args.overlap_param_gather:
+        raise UserError(f"--log-images {count}: not available yet with --overlap-param-gather; leave one of them out")
+    return SamplePictures(checked, index, config, count)
 
 
 def _pretrain(checked: run.Checked, args, index, config, plan: str, words: list[str]) -> None:
@@ -133,6 +163,8 @@ def _pretrain(checked: run.Checked, args, index, config, plan: str, words: list[
     )
     if args.save and args.rank == args.world_size - 1:
         session.metrics = MetricsFile(args.save, (args.ckpt_step or 0) if checked.start.resumes else 0)
+    if checked.settings.log_images:
+        session.pictures = _sample_pictures(checked, args, index, config)
     engine_hooks.install(session)
     pretrain(
         pretrain_cfg_container_from_args(args),

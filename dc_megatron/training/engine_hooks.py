@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.utils import unwrap_model
-from megatron.training import get_args
+from megatron.training import get_args, get_tensorboard_writer
 
 from dc_megatron.data.loader import MicroBatches
 from dc_megatron.errors import UserError
@@ -19,6 +19,7 @@ from dc_megatron.training.forward_step import LOSS_NAME
 from dc_megatron.training.metrics import COUNTS, Clock, MetricsFile, StepCounts, progress_line
 from dc_megatron.training.model_provider import trained_connector
 from dc_megatron.training.run import Checked
+from dc_megatron.training.sample_pictures import SamplePictures
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.projector_files import write_projector
 
@@ -35,6 +36,7 @@ class Session:
     counts: StepCounts
     loaders: list[MicroBatches]
     metrics: MetricsFile | None = None
+    pictures: SamplePictures | None = None
     tower_hash: str | None = None
 
 
@@ -103,6 +105,11 @@ def _log_hook(original: Callable, session: Session) -> Callable:
         }
         if session.metrics is not None:
             session.metrics.write(entry)
+        writer = get_tensorboard_writer()
+        if writer is not None and iteration % engine.tensorboard_log_interval == 0:
+            for name in ("tokens", "supervised_tokens", "images"):
+                writer.add_scalar(f"throughput/{name} per second", entry[name] / seconds, iteration)
+            writer.add_scalar("throughput/data wait seconds", entry["data_wait_seconds"], iteration)
         if on_terminal:
             print("\r\x1b[K" + progress_line(iteration, engine.train_iters, loss, seconds), end="", flush=True)
         return result
@@ -141,6 +148,8 @@ def _save_hook(original: Callable, session: Session) -> Callable:
         torch.distributed.barrier()
         if torch.distributed.get_rank() == 0:
             _write_beside(session, iteration, unwrap_model(model))
+        if session.pictures is not None:
+            session.pictures.write(model[0], iteration, get_tensorboard_writer())
         return result
 
     return save_checkpoint

@@ -26,13 +26,13 @@ def make_forward_step(
 
     loss_reduction "token" needs ``calculate_per_token_loss`` in the model's config: the schedule divides gradients by
     the supervised tokens of the whole global batch. "microbatch" takes the mean of each micro-batch, as the original.
-    ``on_batch`` is told the counts of every micro-batch.
+    ``on_batch`` is told the counts of every micro-batch on the ranks that see its pixels: the first pipeline stage.
     """
     loss_function = {"token": _token_loss, "microbatch": _microbatch_loss}[loss_reduction]
 
     def forward_step(data_iterator: Iterator[dict], model) -> tuple[Tensor, Callable]:
         batch = next(data_iterator)
-        if on_batch is not None:
+        if on_batch is not None and batch["pixel_values"] is not None:
             on_batch(batch["counts"])
         return model(to_device(batch, device)), partial(loss_function)
 

@@ -1,0 +1,99 @@
+"""A few training pictures with the model's own words, for TensorBoard."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dc_megatron.config import DataConfig
+from dc_megatron.data.index import SampleIndex
+from dc_megatron.data.rows import expand
+from dc_megatron.data.tokenization import IGNORE, IMAGE_ID, TokenisedSample, load_tokenizer
+from dc_megatron.inference.generate import continue_prompts
+from dc_megatron.inference.session import Runner
+from dc_megatron.inference.source import Resolved, Source
+from dc_megatron.training.run import Checked
+
+_PICTURE_SIDE = 336  # pixels of the longer side on the page
+_NEW_TOKENS = 32
+
+
+class SamplePictures:
+    """The first ``count`` samples with exactly one picture; ``write`` asks the model about them as it stands.
+
+    The prompt is the sample's own, up to its first target.
+    """
+
+    def __init__(self, checked: Checked, index: SampleIndex, config: DataConfig, count: int):
+        self._checked, self._config = checked, config
+        self._tokenizer = load_tokenizer(checked.settings.model_name_or_path, checked.settings.version)
+        self._samples = _with_one_picture(index, count)
+
+    def write(self, model, iteration: int, writer) -> None:
+        """Every rank calls it with its (single) model chunk; the rank that has a ``writer`` writes."""
+        if not self._samples:
+            return
+        prompts = [self._prompt(sample) for sample in self._samples]
+        files = [os.path.join(self._config.image_folder, sample.images[0]) for sample in self._samples]
+        model.eval()
+        try:
+            runner = Runner(self._resolved(), model)
+            answers = continue_prompts(runner, self._tokenizer, prompts, files, _NEW_TOKENS, self._config.image_backend)
+        finally:
+            model.train()
+        if writer is None:
+            return
+        for number, (sample, file, words) in enumerate(zip(self._samples, files, answers, strict=True)):
+            expected = self._tokenizer.decode(sample.labels[sample.labels != IGNORE])
+            writer.add_image(f"samples/{number}", picture_with_words(file, words), iteration, dataformats="HWC")
+            writer.add_text(f"samples/{number}", f"model: {words}\n\nexpected: {expected}", iteration)
+
+    def _prompt(self, sample: TokenisedSample) -> tuple[list[int], list[bool]]:
+        ids, labels, mask = expand(sample, self._config.tokens_per_image)
+        first = int(np.argmax(labels != IGNORE))
+        return ids[:first].tolist(), mask[:first].tolist()
+
+    def _resolved(self) -> Resolved:
+        settings = self._checked.settings
+        return Resolved(
+            source=Source(
+                tensor_model_parallel_size=settings.tensor_model_parallel_size,
+                pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
+            ),
+            language=self._checked.language,
+            vision=self._checked.vision,
+            connector=self._checked.connector,
+            version=settings.version,
+            image_aspect_ratio=settings.image_aspect_ratio,
+            iteration_folder="",
+            model_max_length=settings.model_max_length,
+        )
+
+
+def _with_one_picture(index: SampleIndex, count: int) -> list[TokenisedSample]:
+    found = []
+    for number in range(len(index)):
+        if len(found) == count:
+            break
+        sample = index[number]
+        whole = (sample.input_ids == IMAGE_ID).sum() == len(sample.images) == 1
+        if whole and (sample.labels != IGNORE).any():
+            found.append(sample)
+    return found
+
+
+def picture_with_words(file: str, words: str) -> np.ndarray:
+    """uint8 [H, W, 3]: the picture, scaled to the page, with the words on a strip below it."""
+    with Image.open(file) as opened:
+        picture = opened.convert("RGB")
+    scale = _PICTURE_SIDE / max(picture.size)
+    picture = picture.resize([max(1, round(side * scale)) for side in picture.size])
+    lines = [words[start : start + 52] for start in range(0, len(words), 52)][:4] or ["(nothing)"]
+    page = Image.new("RGB", (_PICTURE_SIDE, picture.height + 14 * len(lines) + 8), (255, 255, 255))
+    page.paste(picture, (0, 0))
+    # The built-in font knows Latin letters only.
+    text = "\n".join(lines).encode("latin-1", "replace").decode("latin-1")
+    ImageDraw.Draw(page).multiline_text((4, picture.height + 3), text, fill=(0, 0, 0), spacing=2)
+    return np.asarray(page)
