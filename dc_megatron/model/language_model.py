@@ -65,6 +65,8 @@ def transformer_config(language: LanguageConfig, layout: Layout) -> TransformerC
         sequence_parallel=layout.sequence_parallel,
         params_dtype=layout.params_dtype,
         pipeline_dtype=layout.params_dtype,
+        deallocate_pipeline_outputs=True,
+        transformer_impl="transformer_engine" if layout.transformer_engine else "local",
         bf16=bf16,
         fp16=layout.params_dtype == torch.float16,
         calculate_per_token_loss=True,
