@@ -38,6 +38,7 @@ def _calling(function: Callable) -> Callable:
 CONDITIONS: dict[str, Callable[[], bool]] = {
     "no_cuda": lambda: not device.has_cuda(),
     "no_te_and_no_apex": lambda: not (installed.has_transformer_engine() or installed.has_apex()),
+    "always": lambda: True,
     "wheel_install": lambda: True,  # megatron-core comes as a wheel here; its pin is in the requirement files
 }
 
@@ -105,6 +106,22 @@ def _allow_no_cuda(original):
     return functools.partial(original, allow_no_cuda=True)
 
 
+def _loading_nothing(original):
+    """``load_state_dict`` for a rank whose part of the saved state is empty, and therefore on no file."""
+
+    def load_state_dict(self, state_dict):
+        inner = state_dict
+        if "optimizer" in state_dict:  # in 16 bit the inner optimizer's state lies beside the fp32 parameters
+            inner = state_dict["optimizer"]
+            state_dict.setdefault("fp32_from_fp16_params", [])
+        inner.setdefault("state", {})
+        return original(self, state_dict)
+
+    return load_state_dict
+
+
+_WHY_LOADING_NOTHING = "stage 1 leaves later pipeline stages without parameters that learn; they could not resume"
+
 CORE_ROWS = [
     *_torch_rows(),
     Patch(
@@ -117,7 +134,7 @@ CORE_ROWS = [
         "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
         lambda original: lambda device="cuda", clone=False, graph_safe=False: cpu_device.get_rng_state(),
         "no_cuda",
-        "as _set_cuda_rng_state",
+        "it reads torch.cuda.default_generators, which is empty",
     ),
     Patch(
         "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
@@ -150,6 +167,11 @@ CORE_ROWS = [
         "no_te_and_no_apex",
         "aligns the step of parameter groups that are empty on some rank",
     ),
+]
+
+CORE_ROWS += [
+    Patch(f"megatron.core.optimizer.optimizer:{name}.load_state_dict", _loading_nothing, "always", _WHY_LOADING_NOTHING)
+    for name in ("FP32Optimizer", "Float16OptimizerWithFloat16Params")
 ]
 
 TRAINING_ROWS = [

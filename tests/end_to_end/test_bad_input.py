@@ -1,4 +1,4 @@
-"""Whatever a user can get wrong is refused with one message and a status that is not 0, within seconds, on all ranks."""
+"""What a user can get wrong is refused with one message and a status that is not 0, in seconds and on all ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ AT_ONCE, SECONDS = 20, 90
 def plain(workspace, folder: Path, world_size: int = 1, **more) -> Finished:
     """``python -m dc_megatron.pretrain`` without torchrun; ``world_size`` only tells it what torchrun would."""
     words = training_flags(workspace, folder / "run", **more)
-    return run([sys.executable, *TRAIN, *words], folder / "logs", SECONDS, WORLD_SIZE=str(world_size))
+    told = {"WORLD_SIZE": str(world_size)} if world_size > 1 else {}
+    return run([sys.executable, *TRAIN, *words], folder / "logs", SECONDS, **told)
 
 
 def on_two_ranks(workspace, folder: Path, **more) -> Finished:

@@ -95,10 +95,21 @@ def test_a_checkpoint_of_two_tensor_ranks_goes_on_at_two_pipeline_stages(workspa
         assert (ours["lr"], ours["tokens"], ours["images"]) == (theirs["lr"], theirs["tokens"], theirs["images"])
 
 
-def test_sigusr1_saves_and_exits_and_a_stage_without_parameters_that_learn_resumes(workspace, tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, id="fp32"),
+        pytest.param({"bf16": True}, id="bf16", marks=pytest.mark.long),
+        pytest.param(
+            {"bf16": True, "use-distributed-optimizer": True}, id="bf16-distributed-optimizer", marks=pytest.mark.long
+        ),
+    ],
+)
+def test_sigusr1_saves_and_exits_and_a_stage_without_parameters_that_learn_resumes(more, workspace, tmp_path):
     stopped, output = tmp_path / "stopped", tmp_path / "run"
+    flags = {**STAGE_1_PP2, **more}
     # The schedule is constant, so that steps do not depend on how many there will be.
-    with Launch(command(workspace, stopped, **{**STAGE_1_PP2, "max_steps": 5000}), stopped / "logs") as launch:
+    with Launch(command(workspace, stopped, **{**flags, "max_steps": 5000}), stopped / "logs") as launch:
         launch.wait_until(lambda: last_iteration(stopped) >= STEPS, f"step {STEPS}")
         # To one rank: the engine tells the others.
         ranks = launch.ranks()
@@ -113,6 +124,5 @@ def test_sigusr1_saves_and_exits_and_a_stage_without_parameters_that_learn_resum
     iteration = checkpoint_folder.iteration_folder("", SAVE_STEPS)
     shutil.copytree(stopped / iteration, output / iteration)
     shutil.copy(stopped / "metrics.jsonl", output)
-    run(command(workspace, output, **STAGE_1_PP2), output / "logs").assert_succeeded()
+    run(command(workspace, output, **flags), output / "logs").assert_succeeded()
     assert_same_steps(output, stopped, SAVE_STEPS, STEPS)
-
