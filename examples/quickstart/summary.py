@@ -96,7 +96,10 @@ def examples(answers: list[dict], held_out: list[dict], image_folder: str) -> li
         kind = record["id"].split("-")[0]
         if kind != "blank":
             chosen.setdefault("photograph" if kind == "photograph" else "scene", record)
-    return [record | {"picture": pictures[record["id"]]} for record in chosen.values()]
+    return [
+        record | {"picture": pictures[record["id"]], "question": record["question"].replace("<image>", "").strip()}
+        for record in chosen.values()
+    ]
 
 
 def first_screen(summary: dict, shown: list[dict], run: str) -> str:

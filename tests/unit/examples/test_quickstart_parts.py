@@ -166,7 +166,7 @@ def metrics(losses: list[float]) -> list[dict]:
 
 
 def answer(name: str, expected: str, given: str) -> dict:
-    return {"id": name, "question": "What is it?", "expected": expected, "answer": given}
+    return {"id": name, "question": "<image>\nWhat is it?", "expected": expected, "answer": given}
 
 
 ANSWERS = [
@@ -217,7 +217,14 @@ def test_summary_counts_pictures_and_blanks_apart(tmp_path):
     }
     with Image.open(tmp_path / "loss.png") as image:
         assert image.width > 1000
-    for shown in ("colour-0.jpg", "photograph-cat.jpg", "loss.png", "tools/generate.py", "4.00 -> 1.00"):
+    for shown in (
+        "colour-0.jpg",
+        "photograph-cat.jpg",
+        "loss.png",
+        "tools/generate.py",
+        "4.00 -> 1.00",
+        "    What is it?  ->  Red.",
+    ):
         assert shown in result.stdout
 
 
