@@ -1,0 +1,70 @@
+"""The two wrapped functions of the engine as they are installed, and the limit on replaced images."""
+
+from __future__ import annotations
+
+import pytest
+
+WORKER = "tests.multirank.hooks_worker"
+
+
+@pytest.fixture(scope="module")
+def hooks(workers) -> dict[str, dict]:
+    (rows,) = workers.run(f"{WORKER}:table", 1)
+    return {row["target"].split(":")[1]: row for row in rows}
+
+
+def test_exactly_two_functions_are_wrapped_each_with_a_reason(hooks):
+    assert sorted(row["target"] for row in hooks.values()) == [
+        "megatron.training.training:save_checkpoint",
+        "megatron.training.training:training_log",
+    ]
+    assert all(row["condition"] == "always" and len(row["why"].split()) > 3 for row in hooks.values())
+
+
+def test_training_log_takes_and_gets_what_the_hook_reads(hooks):
+    row = hooks["training_log"]
+    expected = ["loss_dict", "total_loss_dict", "learning_rate", "iteration"]
+    assert row["wrapped"] == [*expected, "args", "kwargs"]
+    # The hook counts grad_norm as the fourth of what follows the iteration.
+    expected += ["loss_scale", "report_memory_flag", "skipped_iter", "grad_norm"]
+    assert row["parameters"][:8] == expected
+    (positional,) = row["positional"]
+    assert positional[:8] == expected
+    # An argument that the hook names must not come by keyword as well.
+    assert not set(row["keywords"][0]) & set(row["wrapped"])
+
+
+def test_save_checkpoint_takes_and_gets_what_the_hook_reads(hooks):
+    row = hooks["save_checkpoint"]
+    assert row["parameters"][:2] == ["iteration", "model"]
+    assert row["wrapped"] == ["iteration", "model", "args", "kwargs"]
+    assert row["positional"], "the engine does not call save_checkpoint in this module any more"
+    for positional, keywords in zip(row["positional"], row["keywords"], strict=True):
+        assert positional[0] in ("iteration", "args.iteration")
+        assert positional[1] == "model"
+        assert not set(keywords) & {"iteration", "model"}
+
+
+def test_install_puts_a_wrapper_around_each_original(workers):
+    (report,) = workers.run(f"{WORKER}:installed_and_removed", 1)
+    assert report == dict.fromkeys(report, True)
+
+
+@pytest.mark.parametrize(
+    ("rate", "epoch", "steps", "stops_at"),
+    [
+        (0.0, 100, [(8, 0), (8, 1)], 1),
+        (0.01, 1000, [(8, 4), (8, 4), (8, 2)], 3),  # ten of a thousand are allowed, early or late
+        (0.01, 1000, [(8, 4), (8, 4), (8, 3)], 2),
+        (0.1, 10, [(100, 10), (100, 10)], 2),  # beyond an epoch the share of what was seen counts
+        (0.1, 10, [(100, 10), (100, 11)], 1),
+        (1.0, 4, [(4, 4), (4, 4)], 2),
+        (0.001, 0, [(0, 0)], 1),
+    ],
+)
+def test_a_run_stops_where_too_many_images_were_replaced(workers, rate, epoch, steps, stops_at):
+    ((passed, message),) = workers.run(f"{WORKER}:bad_images", 1, rate, epoch, steps)
+    assert passed == stops_at
+    if stops_at < len(steps):
+        images, bad = (sum(column) for column in zip(*steps[: stops_at + 1], strict=True))
+        assert f"--max-bad-sample-rate {rate}: {bad} of {images} images" in message
