@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,27 @@ def test_after_kill_9_the_same_flags_go_on_bit_for_bit_from_the_newest_complete_
     assert all(checkpoint_folder.read_manifest(output, iteration) for iteration in range(4, STEPS + 1, SAVE_STEPS))
 
 
-def test_a_checkpoint_of_two_tensor_ranks_goes_on_at_two_pipeline_stages(workspace, stage_2, tmp_path):
+@pytest.mark.long
+def test_data_parallel_ranks_that_share_the_optimizer_go_on_bit_for_bit(workspace, tmp_path):
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    run(command(workspace, whole, **STAGE_2_DP2), whole / "logs").assert_succeeded()
+    kill_after_a_save(workspace, output, **STAGE_2_DP2)
+    run(command(workspace, output, **STAGE_2_DP2), output / "logs").assert_succeeded()
+    assert_same_steps(output, whole, SAVE_STEPS, STEPS)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, id="even"),
+        pytest.param({"decoder-first-pipeline-num-layers": 1}, id="uneven", marks=pytest.mark.long),
+    ],
+)
+def test_a_checkpoint_of_two_tensor_ranks_goes_on_at_two_pipeline_stages(more, workspace, stage_2, tmp_path):
     output = tmp_path / "run"
     for name in ("hf", checkpoint_folder.iteration_folder("", SAVE_STEPS)):
         shutil.copytree(stage_2 / name, output / name)
-    more = {"pipeline-model-parallel-size": 2, "use-distributed-optimizer": True}
+    more = {"pipeline-model-parallel-size": 2, "use-distributed-optimizer": True, **more}
     resumed = run(command(workspace, output, **more), output / "logs").assert_succeeded()
     assert f"resuming from iteration {SAVE_STEPS}" in resumed.output
     found, expected = metrics(output), metrics(stage_2)[SAVE_STEPS:]
@@ -93,6 +110,15 @@ def test_a_checkpoint_of_two_tensor_ranks_goes_on_at_two_pipeline_stages(workspa
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5), ours["iteration"]
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5), ours["iteration"]
         assert (ours["lr"], ours["tokens"], ours["images"]) == (theirs["lr"], theirs["tokens"], theirs["images"])
+
+
+def test_a_run_does_not_go_on_in_another_order_of_the_data(workspace, stage_2, tmp_path):
+    words = training_flags(workspace, stage_2, max_steps=STEPS, seed=7)
+    refused = run([sys.executable, *TRAIN, *words], tmp_path / "logs").assert_refused(
+        "--data_path", "seed", "--finetune"
+    )
+    assert refused.status == 2
+    assert len(metrics(stage_2)) == STEPS, "the run that was refused left the folder alone"
 
 
 @pytest.mark.parametrize(
