@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 
 import torch
@@ -46,12 +47,21 @@ def score_file(
         max_bad_sample_rate=max_bad_sample_rate,
     )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    # Ranks of one node meet in a folder that they can all name and no other run has.
-    name = f"dc_megatron_score_{os.getuid()}_{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
-    index = build_or_wait(config, os.path.join(tempfile.gettempdir(), name), local_rank)
+    folder = _meeting_folder()
+    index = build_or_wait(config, folder, local_rank)
     session = Session(resolved)
     entries = score(session, index, config, rows)
+    # All ranks have opened the index by now, and an open file outlives its name.
+    if local_rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
     return entries, total(entries, index.summary.dropped)
+
+
+def _meeting_folder() -> str:
+    """A folder for the index that all ranks of this run on this node can name, and no other run has."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    run = f"{launch}_{os.environ.get('MASTER_PORT', '')}" if "MASTER_PORT" in os.environ else str(os.getpid())
+    return os.path.join(tempfile.gettempdir(), f"dc_megatron_score_{os.getuid()}_{run}")
 
 
 def score(session: Runner, index: SampleIndex, config: DataConfig, rows: int = 8) -> list[dict]:

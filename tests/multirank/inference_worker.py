@@ -1,0 +1,21 @@
+"""What the ranks of an inference test do: answer and score through dc_megatron.inference alone."""
+
+from __future__ import annotations
+
+from dc_megatron.data.tokenization import load_tokenizer
+from dc_megatron.inference.generate import Question, answer
+from dc_megatron.inference.score import score_file
+from dc_megatron.inference.session import Session
+from dc_megatron.inference.source import Source, resolve
+
+
+def answers(source: Source, questions: list[tuple[str, tuple[str, ...]]], new_tokens: int) -> list[str]:
+    session = Session(resolve(source))
+    tokenizer = load_tokenizer(source.model_name_or_path, source.version)
+    return answer(session, tokenizer, [Question(text, images) for text, images in questions], new_tokens, "pil")
+
+
+def scores(source: Source, data_path: str, image_folder: str) -> tuple[list[dict], dict]:
+    return score_file(
+        source, data_path, image_folder, model_max_length=128, max_bad_sample_rate=0.5, image_backend="pil", rows=3
+    )
