@@ -76,22 +76,7 @@ def check(argv: list[str], world_size: int) -> Checked:
             raise UserError(f"{flag} {path}: no such file")
     if settings.image_folder and not os.path.isdir(settings.image_folder):
         raise UserError(f"--image_folder {settings.image_folder}: no such folder")
-    _refuse_what_is_not_available(translation)
     return Checked(translation, language, vision, connector, choose_start(translation))
-
-
-def _refuse_what_is_not_available(translation: Translation) -> None:
-    not_yet = {
-        "--async-save": "checkpoints are written before the next step begins",
-        "--fp8-format": "train in bf16",
-        "--context-parallel-size": "use tensor and pipeline parallelism",
-        "--use-megatron-fsdp": "use --use-distributed-optimizer",
-        "--use-torch-fsdp2": "use --use-distributed-optimizer",
-    }
-    words = translation.megatron_argv
-    for flag, instead in not_yet.items():
-        if flag in words and words[words.index(flag) + 1 : words.index(flag) + 2] != ["1"]:
-            raise UserError(f"{flag}: not available yet; {instead}")
 
 
 def data_config(checked: Checked, world_size: int) -> DataConfig:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from dc_megatron.config import DataConfig
 from dc_megatron.data.index import SampleIndex
+from dc_megatron.data.picture_captions import picture_with_words
 from dc_megatron.data.rows import expand
 from dc_megatron.data.tokenization import IGNORE, IMAGE_ID, TokenisedSample, load_tokenizer
 from dc_megatron.inference.generate import continue_prompts
@@ -16,7 +16,6 @@ from dc_megatron.inference.session import Runner
 from dc_megatron.inference.source import Resolved, Source
 from dc_megatron.training.run import Checked
 
-_PICTURE_SIDE = 336  # pixels of the longer side on the page
 _NEW_TOKENS = 32
 
 
@@ -82,18 +81,3 @@ def _with_one_picture(index: SampleIndex, count: int) -> list[TokenisedSample]:
         if whole and (sample.labels != IGNORE).any():
             found.append(sample)
     return found
-
-
-def picture_with_words(file: str, words: str) -> np.ndarray:
-    """uint8 [H, W, 3]: the picture, scaled to the page, with the words on a strip below it."""
-    with Image.open(file) as opened:
-        picture = opened.convert("RGB")
-    scale = _PICTURE_SIDE / max(picture.size)
-    picture = picture.resize([max(1, round(side * scale)) for side in picture.size])
-    lines = [words[start : start + 52] for start in range(0, len(words), 52)][:4] or ["(nothing)"]
-    page = Image.new("RGB", (_PICTURE_SIDE, picture.height + 14 * len(lines) + 8), (255, 255, 255))
-    page.paste(picture, (0, 0))
-    # The built-in font knows Latin letters only.
-    text = "\n".join(lines).encode("latin-1", "replace").decode("latin-1")
-    ImageDraw.Draw(page).multiline_text((4, picture.height + 3), text, fill=(0, 0, 0), spacing=2)
-    return np.asarray(page)

@@ -95,7 +95,7 @@ def read_manifest(folder: str, iteration: int) -> dict | None:
         with open(os.path.join(target, MANIFEST), encoding="utf-8") as file:
             manifest = json.load(file)
         return manifest if manifest["files"] == _file_sizes(target) else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
