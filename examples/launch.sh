@@ -87,6 +87,9 @@ launch() {
   elif [ -n "${MASTER_PORT:-}" ]; then
     where=(--master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$MASTER_PORT")
   fi
+  # SIGUSR1 asks the ranks to save and exit, and a cluster sends it to every process it knows. torchrun would die of it
+  # and leave them alone; ignored here it is ignored there, and the ranks set their own handler.
+  trap '' USR1
   exec "$python" -m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "$processes_per_node" \
     "${where[@]}" -m dc_megatron.pretrain "$@"
 }

@@ -104,10 +104,15 @@ class Launch:
 
     def kill(self) -> None:
         """SIGKILL to every process of the launch at once: nothing gets a chance to tidy up."""
-        for pid in [self.process.pid, *_descendants(self.process.pid)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self.signal_everyone(signal.SIGKILL)
         self.process.wait()
+
+    def signal_everyone(self, number: signal.Signals) -> None:
+        """A signal to the launcher and all processes below it."""
+        if self.process.poll() is None:
+            for pid in [self.process.pid, *_descendants(self.process.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
         """Return as soon as ``condition()``; fails where the run ends first or PATIENCE is over."""

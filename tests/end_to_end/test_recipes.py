@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,22 +12,28 @@ import torch
 from safetensors import safe_open
 
 from dc_megatron.weights import checkpoint_folder
-from tests.end_to_end.launch import ROOT, Finished, metrics, run, torchrun
+from tests.end_to_end.launch import ROOT, TRAIN, Finished, Launch, last_iteration, metrics, run, torchrun
+from tests.helpers.workspace import training_flags
 
 METRICS = {"iteration", "loss", "lr", "grad_norm", "supervised_tokens", "tokens", "images", "substituted_images"}
 METRICS |= {"dropped_samples", "step_seconds", "data_wait_seconds"}
 STEPS = 3
 
 
-def recipe(name: str, form: str, workspace, output: Path, *flags: str, **more: str) -> Finished:
+def launch_recipe(name: str, form: str, workspace, output: Path, *flags: str, steps: int = STEPS, **more) -> Launch:
     """``bash NAME`` or ``torchrun NAME``, from a folder that is not the repository."""
     path = str(ROOT / "examples" / name)
     command = ["bash", path] if form == "bash" else [*torchrun(2), path]
     words = {"MODEL": workspace["llama"], "VISION_TOWER": workspace["clip"], "DATA": workspace["data"]}
     words |= {"IMAGE_FOLDER": workspace["images"], "OUTPUT": str(output), "GLOBAL_BATCH_SIZE": "4"}
     words |= {"MODEL_MAX_LENGTH": "128", "WORKERS": "1", "GPUS_PER_NODE": "2", **more}
-    elsewhere = output.parent
-    return run([*command, "--max_steps", str(STEPS), *flags], output / "logs", cwd=elsewhere, **words)
+    return Launch([*command, "--max_steps", str(steps), *flags], output / "logs", output.parent, **words)
+
+
+def recipe(*what, **more) -> Finished:
+    """``launch_recipe`` to its end."""
+    with launch_recipe(*what, **more) as launch:
+        return launch.finish()
 
 
 def run_both_stages(forms: tuple[str, str], workspace, folder: Path, *flags: str, **more: str) -> tuple[Path, Path]:
@@ -105,9 +113,23 @@ def test_the_recipes_the_other_way_round_and_over_pipeline_stages(workspace, tmp
 
 
 @pytest.mark.long
-def test_a_recipe_that_ran_goes_on_where_it_stood(workspace, tmp_path):
+def test_a_recipe_that_a_cluster_asks_to_stop_saves_and_goes_on_later(workspace, tmp_path):
+    """Slurm sends SIGUSR1 to every process, torchrun included."""
     output = tmp_path / "run"
-    recipe("finetune_dc.sh", "bash", workspace, output, PROJECTOR="").assert_succeeded()
-    again = recipe("finetune_dc.sh", "bash", workspace, output, "--max_steps", "5", PROJECTOR="").assert_succeeded()
-    assert f"resuming from iteration {STEPS}" in again.output
-    assert [line["iteration"] for line in metrics(output)] == [1, 2, 3, 4, 5]
+    what = ("pretrain_dc.sh", "bash", workspace, output)
+    with launch_recipe(*what, steps=5000) as launch:
+        launch.wait_until(lambda: last_iteration(output) >= STEPS, f"step {STEPS}")
+        launch.signal_everyone(signal.SIGUSR1)
+        launch.finish().assert_succeeded()
+    stopped = last_iteration(output)
+    assert checkpoint_folder.newest_complete(output) == (stopped, [])
+    again = recipe(*what, steps=stopped + 2).assert_succeeded()
+    assert f"resuming from iteration {stopped}" in again.output
+    assert [line["iteration"] for line in metrics(output)] == list(range(1, stopped + 3))
+
+
+def test_one_process_needs_no_launcher(workspace, tmp_path):
+    words = training_flags(workspace, tmp_path / "run", max_steps=2, report_to="none")
+    run([sys.executable, *TRAIN, *words], tmp_path / "logs").assert_succeeded()
+    assert checkpoint_folder.newest_complete(tmp_path / "run") == (2, [])
+    assert not (tmp_path / "run" / "tensorboard").exists()
