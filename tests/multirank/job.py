@@ -24,5 +24,6 @@ class Job:
     packed: bool = False
     bf16: bool = False
     recompute: bool = False
+    loss_reduction: str = "token"
     connector_state: dict = field(default_factory=dict)
     fault: str | None = None

@@ -48,7 +48,7 @@ def build(job: Job):
         torch.bfloat16 if job.bf16 else torch.float32,
     )
     config = transformer_config(language, layout)
-    config.use_cpu_initialization = False
+    config.calculate_per_token_loss = job.loss_reduction == "token"
     if job.recompute:
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     rows = padded_vocab_size(language.vocab_size, job.tensor)
@@ -141,7 +141,7 @@ def train(job: Job) -> dict:
         if job.overlap_grad_reduce:
             syncs = [chunk.no_sync for chunk in chunks]
             config.no_sync_func = syncs if len(chunks) > 1 else syncs[0]
-        forward_step = make_forward_step(torch.device("cpu"))
+        forward_step = make_forward_step(torch.device("cpu"), job.loss_reduction)
         data_rank, data_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         tensor_rank = mpu.get_tensor_model_parallel_rank()
         losses, norms, gradients = [], [], {}

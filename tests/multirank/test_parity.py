@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
+from dc_megatron.reference.model import ReferenceModel
 from tests.helpers.tiny_models import tiny_clip, tiny_llama, tiny_siglip
 from tests.multirank import parity
 from tests.multirank.job import Job
@@ -99,6 +100,27 @@ def test_every_connector_and_tower_at_tp2(workers, folders, connector, tower):
 def test_tied_head_and_llama3_rope(workers, folders, layout):
     job = make_job(folders, language="tied", **layout)
     assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["TP2", "PP2", "DP2"])
+def test_microbatch_reduction_is_the_original_mean_of_means(workers, folders, layout):
+    job = make_job(folders, loss_reduction="microbatch", **layout)
+    # The second micro-batch loses half of its targets, so that the two reductions differ.
+    second = job.micro_batches[0][1]
+    second["labels"][:, ::2] = -100
+    vision = VisionConfig.from_folder(job.vision_folder)
+    model = ReferenceModel(job.vision_folder, job.language_folder, vision, ConnectorConfig("dci"))
+    model.connector.load_state_dict(job.connector_state)
+    model.set_trainable("connector,llm")
+    for batch in job.micro_batches[0]:
+        output = model(batch)
+        (output.loss_sum / output.supervised_tokens / len(job.micro_batches[0])).backward()
+    expected = {
+        name.removeprefix("language_model."): p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
+    gradients = parity.merge(job, workers.run(TRAIN, 2, job), "gradients")
+    worst, name = parity.worst_difference(gradients, expected)
+    assert worst <= parity.GRADIENT_TOLERANCE, f"gradient of {name} differs by {worst:.2e}"
 
 
 def test_virtual_pipeline(workers, folders):
