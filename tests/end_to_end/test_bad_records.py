@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,5 +61,7 @@ def test_more_corrupt_pictures_than_allowed_stop_the_run_on_all_ranks(damaged, t
 
 
 def test_more_missing_pictures_than_allowed_stop_the_run_before_it_begins(damaged, tmp_path):
-    done = train(damaged, tmp_path)
+    """The index finds them; test_bad_input shows how other ranks hear of what local rank 0 found in the data."""
+    words = training_flags(damaged, tmp_path / "run")
+    done = run([sys.executable, *TRAIN, *words], tmp_path / "logs")
     done.assert_refused("--data_path", f"1 of {RECORDS} records", "missing image", MISSING, "--max-bad-sample-rate")
