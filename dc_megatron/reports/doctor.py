@@ -102,7 +102,7 @@ def _optimizer(cuda: bool, transformer_engine: bool, apex: bool) -> tuple[str, s
 def _images(cuda: bool, dali: dict) -> tuple[str, str]:
     if not _usable(dali):
         return "pil", f"DALI: {dali['error']}"
-    return ("dali on the GPU", "installed") if cuda else ("dali on the CPU", "installed, and there is no GPU")
+    return "dali on the CPU", "installed; training decodes on the CPU" + ("" if cuda else ", and there is no GPU")
 
 
 def as_text(report: dict) -> str:

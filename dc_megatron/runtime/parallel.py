@@ -22,6 +22,8 @@ def start(
     Calling again with other sizes tears the groups down and makes new ones, so that one set of worker processes can
     serve many layouts. The patches must have been applied.
     """
+    # Tensor parallelism wants kernels in order of launch, and megatron-core warns where nothing says so.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron.core import parallel_state, tensor_parallel
 
     if not torch.distributed.is_initialized():

@@ -12,6 +12,7 @@ from dc_megatron.runtime import device, installed, patches
 from dc_megatron.training import run
 from dc_megatron.training.arguments import backend_argv, engine_argv, plan_steps
 from dc_megatron.training.metrics import MetricsFile, StepCounts
+from dc_megatron.training.resume import refuse_other_tower_weights
 from dc_megatron.weights.language_loading import LanguageWeights
 from dc_megatron.weights.projector_files import read_projector
 from dc_megatron.weights.vision_tables import vision_state_dict
@@ -60,6 +61,7 @@ def _check_weights(checked: run.Checked) -> None:
     settings, language = checked.settings, checked.language
     if not checked.start.loads:
         LanguageWeights(language.path, language, 0, 1, language.vocab_size)
+    refuse_other_tower_weights(checked.start, checked.vision.path, bool(settings.pretrain_mm_mlp_adapter))
     vision_state_dict(checked.vision.path, checked.vision, checked.connector)
     if settings.pretrain_mm_mlp_adapter and not checked.start.resumes:
         read_projector(

@@ -18,7 +18,9 @@ example, stage 1 on two processes:
     --per_device_train_batch_size 8 --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_ratio 0.03 \\
     --bf16 True --output_dir runs/stage1
 """
-_END = "--help shows this page; --help-megatron shows the 800 flags of the engine, which all work too (takes seconds)."
+_END = """\
+--help shows this page; --help-megatron shows the 800 flags of the engine (takes seconds). They work as they do there;
+the few that make no sense here are refused with the reason."""
 
 
 def _entry(flag: Flag) -> str:

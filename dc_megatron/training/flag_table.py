@@ -112,12 +112,20 @@ _DATA = (
     Flag("image-backend", str, "auto", "what decodes pictures", DATA, choices=("auto", "dali", "pil")),
     Flag("max-bad-sample-rate", float, 0.001, "stop when more than this share of the records is faulty", DATA),
     Flag("index-folder", str, "", "where the index of the data is kept (default: OUTPUT/index)", DATA),
-    Flag("dataloader_num_workers", int, 2, "loader processes", DATA, engine="--num-workers", handed_on=True),
+    Flag(
+        "dataloader_num_workers",
+        int,
+        2,
+        "threads of a process that decode pictures",
+        DATA,
+        engine="--num-workers",
+        handed_on=True,
+    ),
     Flag("seed", int, 1234, "seed of data order and initialisation", DATA, engine="--seed", handed_on=True),
 )
 
 _TRAINING = (
-    Flag("trainable", str, "connector,llm", "parts that learn: connector[,llm][,vision_tower]", TRAINING),
+    Flag("trainable", str, "connector,llm", "parts that learn: connector[,llm]", TRAINING),
     Flag("tune_mm_mlp_adapter", bool, False, "True is --trainable connector", TRAINING),
     Flag("freeze_backbone", bool, False, "True is --trainable connector", TRAINING),
     Flag("num_train_epochs", float, 1.0, "passes over the data", TRAINING),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
 from dc_megatron.errors import UserError
 from dc_megatron.training.argv import Translation
 from dc_megatron.weights import checkpoint_folder
@@ -15,6 +16,7 @@ class Start:
     """``words`` replace the engine's own: they name a complete iteration. ``notes`` are for the user.
 
     ``resumes``: optimizer, schedule and data position go on as well; otherwise only weights are taken, if any.
+    ``folder``: where they are taken from.
     """
 
     words: list[str]
@@ -22,6 +24,7 @@ class Start:
     loads: bool = False
     resumes: bool = False
     plan_hash: str | None = None
+    folder: str = ""
 
 
 # The engine otherwise refuses to go on where the number of steps has changed; the same flags give the same schedule.
@@ -40,14 +43,14 @@ def choose_start(translation: Translation) -> Start:
         words = _without(words, "--load", "--finetune", "--ckpt-step")
         words += ["--load", output, "--ckpt-step", str(own), *_RESUME]
         manifest = checkpoint_folder.read_manifest(output, own)
-        return Start(words, notes, loads=True, resumes=True, plan_hash=manifest.get("plan_hash"))
+        return Start(words, notes, loads=True, resumes=True, plan_hash=manifest.get("plan_hash"), folder=output)
     if not load or _same_folder(load, output):
         # Launchers name one folder for both; the first launch finds it empty.
         return Start(_without(words, "--load", "--finetune"), notes)
     if not os.path.isdir(load):
         raise UserError(f"--load {load}: no such folder")
     if checkpoint_folder.is_release(load):
-        return Start(words, notes, loads=True)
+        return Start(words, notes, loads=True, folder=load)
     iteration, incomplete = checkpoint_folder.newest_complete(load)
     if iteration is None:
         raise UserError(
@@ -64,7 +67,51 @@ def choose_start(translation: Translation) -> Start:
         loads=True,
         resumes=resumes,
         plan_hash=manifest.get("plan_hash") if resumes else None,
+        folder=load,
     )
+
+
+def refuse_another_model(
+    start: Start, language: LanguageConfig, vision: VisionConfig, connector: ConnectorConfig, projector_given: bool
+) -> None:
+    """UserError where the checkpoint was trained with another language model, connector or tower.
+
+    Some of them have tensors of the same shapes (sci and dci, two towers of one size), so loading would not notice.
+    Weights taken beside a projector file may come from a run with another connector: the file's counts.
+    """
+    if not os.path.isdir(os.path.join(start.folder, "hf")):
+        return
+    saved = LanguageConfig.from_folder(os.path.join(start.folder, "hf"), "--load")
+    _compare(start.folder, "--model_name_or_path", replace(saved, path=""), replace(language, path=""))
+    if projector_given and not start.resumes:
+        return
+    described = checkpoint_folder.read_description(start.folder)
+    was = ConnectorConfig(
+        described.mm_dense_connector_type, described.mm_projector_type, described.mm_vision_select_layer
+    )
+    if vision.family == "siglip":
+        # SigLIP has no choice of layer.
+        was = replace(was, select_layer=connector.select_layer)
+    _compare(start.folder, "--mm_dense_connector_type", was, connector)
+    tower = VisionConfig.from_folder(os.path.join(start.folder, "hf", "vision_tower"), "--load")
+    _compare(start.folder, "--vision_tower", replace(tower, path=""), replace(vision, path=""))
+
+
+def _compare(folder: str, flag: str, was, now) -> None:
+    before, after = asdict(was), asdict(now)
+    different = [f"{name} {before[name]} there, {after[name]} here" for name in before if before[name] != after[name]]
+    if different:
+        raise UserError(f"{flag}: not what {folder} was trained with: {'; '.join(different)}")
+
+
+def refuse_other_tower_weights(start: Start, tower: str, projector_given: bool) -> None:
+    """As ``refuse_another_model`` for the tower's weights, which have to be read: a gigabyte in a second."""
+    if not os.path.isdir(os.path.join(start.folder, "hf")) or (projector_given and not start.resumes):
+        return
+    if checkpoint_folder.read_description(start.folder).vision_tower_hash != checkpoint_folder.hash_folder_weights(
+        tower
+    ):
+        raise UserError(f"--vision_tower {tower}: its weights are not those that {start.folder} was trained with")
 
 
 def _passed_over(folder: str, incomplete: list[int], instead: int | None) -> list[str]:

@@ -18,7 +18,7 @@ from dc_megatron.config import (
 from dc_megatron.errors import UserError
 from dc_megatron.training.arguments import plan_steps
 from dc_megatron.training.argv import REQUIRED_FOR_TRAINING, Translation, translate
-from dc_megatron.training.resume import Start, choose_start
+from dc_megatron.training.resume import Start, choose_start, refuse_another_model
 from dc_megatron.training.settings import RunSettings
 
 
@@ -76,7 +76,9 @@ def check(argv: list[str], world_size: int) -> Checked:
             raise UserError(f"{flag} {path}: no such file")
     if settings.image_folder and not os.path.isdir(settings.image_folder):
         raise UserError(f"--image_folder {settings.image_folder}: no such folder")
-    return Checked(translation, language, vision, connector, choose_start(translation))
+    start = choose_start(translation)
+    refuse_another_model(start, language, vision, connector, bool(settings.pretrain_mm_mlp_adapter))
+    return Checked(translation, language, vision, connector, start)
 
 
 def data_config(checked: Checked, world_size: int) -> DataConfig:

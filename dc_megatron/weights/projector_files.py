@@ -161,9 +161,17 @@ def _write(path: str, save: Callable[[str], None]) -> None:
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         save(temporary)
+        # safetensors keeps others from reading what it writes; these files are for everyone who may read the folder.
+        os.chmod(temporary, 0o666 & ~_umask())
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from dataclasses import replace
 
 import pytest
 
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
 from dc_megatron.errors import UserError
 from dc_megatron.training.argv import translate
-from dc_megatron.training.resume import choose_start
+from dc_megatron.training.resume import choose_start, refuse_another_model, refuse_other_tower_weights
 from dc_megatron.weights import checkpoint_folder
+from tests.helpers.tiny_models import tiny_clip, tiny_llama
 
 
 def save(folder, iteration: int, complete: bool = True, plan_hash: str = "plan") -> None:
@@ -221,3 +224,52 @@ def test_iterations_are_ordered_as_numbers(own):
     save(own, 9_999_999)
     save(own, 10_000_000)
     assert checkpoint_folder.newest_complete(str(own)) == (10_000_000, [])
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A checkpoint with its side files, and what it was trained with."""
+    language = LanguageConfig.from_folder(tiny_llama(tmp_path / "llama", layers=2))
+    vision = VisionConfig.from_folder(tiny_clip(tmp_path / "clip"))
+    folder = tmp_path / "run"
+    save(folder, 4)
+    description = checkpoint_folder.CheckpointDescription(
+        vision_tower=vision.path,
+        vision_tower_hash=checkpoint_folder.hash_folder_weights(vision.path),
+        mm_dense_connector_type="dci",
+        mm_projector_type="mlp2x_gelu",
+        mm_vision_select_layer=-2,
+        version="v1",
+        image_aspect_ratio="pad",
+        model_max_length=128,
+    )
+    checkpoint_folder.write_side_files(str(folder), language.path, description)
+    return folder, language, vision
+
+
+def test_a_checkpoint_of_another_connector_is_refused(trained):
+    folder, language, vision = trained
+    begun = start(f"--output_dir {folder}")
+    refuse_another_model(begun, language, vision, ConnectorConfig("dci"), False)
+    with pytest.raises(UserError, match=r"--mm_dense_connector_type: .*dense_connector_type dci there, sci here"):
+        refuse_another_model(begun, language, vision, ConnectorConfig("sci"), False)
+    with pytest.raises(UserError, match="select_layer -2 there, -3 here"):
+        refuse_another_model(begun, language, vision, ConnectorConfig("dci", select_layer=-3), False)
+    # A projector file beside another run's weights brings its own connector.
+    weights_only = start(f"--load {folder} --finetune --output_dir {folder}-2")
+    refuse_another_model(weights_only, language, vision, ConnectorConfig("sci"), True)
+    with pytest.raises(UserError, match="sci here"):
+        refuse_another_model(weights_only, language, vision, ConnectorConfig("sci"), False)
+
+
+def test_a_checkpoint_of_another_language_model_or_tower_is_refused(trained, tmp_path):
+    folder, language, vision = trained
+    begun = start(f"--output_dir {folder}")
+    connector = ConnectorConfig("dci")
+    with pytest.raises(UserError, match=r"--model_name_or_path: .*vocab_size 256 there, 512 here"):
+        refuse_another_model(begun, replace(language, vocab_size=512), vision, connector, False)
+    with pytest.raises(UserError, match=r"--vision_tower: .*num_hidden_layers 6 there, 5 here"):
+        refuse_another_model(begun, language, replace(vision, num_hidden_layers=5), connector, False)
+    refuse_other_tower_weights(begun, vision.path, False)
+    with pytest.raises(UserError, match="its weights are not those"):
+        refuse_other_tower_weights(begun, tiny_clip(tmp_path / "other-clip", seed=3), False)
