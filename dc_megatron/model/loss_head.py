@@ -36,6 +36,9 @@ def head(*, hidden_states: Tensor, output_layer, output_weight: Tensor | None, c
 
     Logits are computed for the wanted rows only. Every rank of the tensor-parallel group returns the same values.
     """
+    # The layer itself is not called, so its hooks are: an overlapped parameter all-gather waits in one.
+    for hook in list(output_layer._forward_pre_hooks.values()):
+        hook(output_layer, ())
     weight = output_weight if output_weight is not None else output_layer.weight
     if config.sequence_parallel:
         # Its backward sums the partial gradients of the vocabulary shards, so no further reduction follows.

@@ -31,6 +31,12 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
+def choose_gpu(local_rank: int) -> None:
+    """Make this process's GPU the current one, before anything asks for ``device()``. Nothing to do on a CPU."""
+    if has_cuda():
+        torch.cuda.set_device(local_rank)
+
+
 def distributed_backend() -> str:
     """Name of the torch.distributed backend that moves this device's tensors."""
     return "nccl" if has_cuda() else "gloo"

@@ -13,9 +13,15 @@ from dc_megatron.data.loader import MicroBatches
 
 
 def make_dataset_provider(
-    index: SampleIndex, config: DataConfig, vision: VisionConfig, loaders: list[MicroBatches]
+    index: SampleIndex,
+    config: DataConfig,
+    vision: VisionConfig,
+    loaders: list[MicroBatches],
+    on_ready: Callable[[], object],
 ) -> Callable:
     """``train_valid_test_dataset_provider`` of ``megatron.training.pretrain``; what it makes is added to ``loaders``.
+
+    ``on_ready`` is called last: the model is there by then, and the first step begins.
 
     Every rank reads its own rows; pixels are decoded on the first pipeline stage only, and each tensor-parallel rank
     decodes its share.
@@ -39,6 +45,7 @@ def make_dataset_provider(
             image_threads=max(1, args.num_workers),
         )
         loaders.append(loader)
+        on_ready()
         return loader, None, None
 
     # Every rank makes its own iterator; the engine broadcasts nothing.

@@ -11,8 +11,9 @@ from dc_megatron.errors import UserError
 from dc_megatron.runtime import device, installed, patches
 from dc_megatron.training import run
 from dc_megatron.training.arguments import backend_argv, engine_argv, plan_steps
-from dc_megatron.training.metrics import MetricsFile, StepCounts
+from dc_megatron.training.metrics import Clock, MetricsFile, StepCounts
 from dc_megatron.training.resume import refuse_other_tower_weights
+from dc_megatron.weights.checkpoint_folder import write_json
 from dc_megatron.weights.language_loading import LanguageWeights
 from dc_megatron.weights.projector_files import read_projector
 from dc_megatron.weights.vision_tables import vision_state_dict
@@ -25,6 +26,7 @@ def train(checked: run.Checked) -> None:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     # Megatron's tensor parallelism wants kernels in order of launch; the launchers set it for the others.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    device.choose_gpu(local_rank)
     device.limit_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     _check_weights(checked)
     config = run.data_config(checked, world_size)
@@ -74,7 +76,7 @@ def _check_weights(checked: run.Checked) -> None:
 
 
 def _engine_words(checked: run.Checked, samples: int, world_size: int) -> list[str]:
-    backend = backend_argv(device.has_cuda(), installed.has_transformer_engine(), installed.has_apex())
+    backend = backend_argv(device.has_cuda(), installed.usable_transformer_engine(), installed.usable_apex())
     translation = checked.translation
     words = engine_argv(translation, checked.language, samples, world_size, backend)
     # The engine's own words come last in that list; the start decides which checkpoint they name.
@@ -97,6 +99,8 @@ def _say_hello(checked: run.Checked, index, world_size: int) -> None:
     plan = plan_steps(settings, len(index), world_size)
     for note in (*checked.translation.notes, *checked.start.notes, *plan.notes):
         print(f"note: {note}")
+    if not settings.output_dir:
+        print("note: --output_dir is missing: nothing of this run will be saved")
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.dropped.items())) or "none"
     print(f"data: {summary.kept} samples of {summary.records} records (dropped: {dropped}), {summary.images} images")
     print(
@@ -135,11 +139,16 @@ def _sample_pictures(checked: run.Checked, args, index, config):
     from dc_megatron.training.sample_pictures import SamplePictures
 
     count = checked.settings.log_images
+    obstacle = None
     if args.virtual_pipeline_model_parallel_size:
-        raise UserError(f"--log-images {count}: not available yet with virtual pipeline stages; leave it out")
-    if args.overlap_param_gather:
-        raise UserError(f"--log-images {count}: not available yet with --overlap-param-gather; leave one of them out")
-    return SamplePictures(checked, index, config, count)
+        obstacle = "virtual pipeline stages"
+    elif args.overlap_param_gather:
+        obstacle = "--overlap-param-gather"
+    if obstacle is None:
+        return SamplePictures(checked, index, config, count)
+    if "log_images" in checked.settings.given:
+        raise UserError(f"--log-images {count}: not available yet with {obstacle}; leave one of them out")
+    return None
 
 
 def _pretrain(checked: run.Checked, args, index, config, plan: str, words: list[str]) -> None:
@@ -153,24 +162,27 @@ def _pretrain(checked: run.Checked, args, index, config, plan: str, words: list[
     from dc_megatron.training.forward_step import make_forward_step
     from dc_megatron.training.model_provider import make_model_provider
 
-    counts, loaders = StepCounts(), []
+    counts, loaders, clock = StepCounts(), [], Clock()
+    if args.save and args.rank == 0:
+        os.makedirs(args.save, exist_ok=True)
+        write_json(os.path.join(args.save, "resolved_config.json"), run.resolved(checked, words))
     session = engine_hooks.Session(
         checked=checked,
         plan_hash=plan,
         images_of_an_epoch=index.summary.images,
         dropped_samples=index.summary.dropped_samples,
-        resolved=run.resolved(checked, words),
         counts=counts,
+        clock=clock,
         loaders=loaders,
     )
     if args.save and args.rank == args.world_size - 1:
         session.metrics = MetricsFile(args.save, (args.ckpt_step or 0) if checked.start.resumes else 0)
-    if checked.settings.log_images:
+    if checked.settings.log_images and args.tensorboard_dir:
         session.pictures = _sample_pictures(checked, args, index, config)
     engine_hooks.install(session)
     pretrain(
         pretrain_cfg_container_from_args(args),
-        make_dataset_provider(index, config, checked.vision, loaders),
+        make_dataset_provider(index, config, checked.vision, loaders, on_ready=clock.lap),
         ModelType.encoder_or_decoder,
         make_forward_step(device.device(), checked.settings.loss_reduction, counts.add),
         make_model_provider(checked),

@@ -75,6 +75,11 @@ REFUSED = {
     **dict.fromkeys(("use-megatron-fsdp", "use-torch-fsdp2"), _SHARDING),
     "context-parallel-size": "not available yet; use --tensor-model-parallel-size with --sequence-parallel",
     "expert-model-parallel-size": _ARCHITECTURE,
+    "save-retain-interval": "not available yet; every checkpoint is kept",
+    "ckpt-format": "checkpoints are torch_dist trees, which the tools read at any layout",
+    **dict.fromkeys(
+        ("non-persistent-save-interval", "non-persistent-ckpt-type"), "not available yet; use --save_steps"
+    ),
     "async-save": "not available yet; checkpoints are written before the next step begins",
     "fp8-format": "not available yet; train in bf16",
     "fp4-format": "not available yet; train in bf16",
@@ -84,7 +89,12 @@ REFUSED = {
     "calculate-per-token-loss": "use --loss-reduction token",
 }
 # ... unless the value asks for what happens anyway.
-NEUTRAL = {"context-parallel-size": "1", "expert-model-parallel-size": "1", "eval-iters": "0"}
+NEUTRAL = {
+    "ckpt-format": "torch_dist",
+    "context-parallel-size": "1",
+    "expert-model-parallel-size": "1",
+    "eval-iters": "0",
+}
 
 
 def check_engine_flag(flag: EngineFlag, spelling: str, values: list[str]) -> None:

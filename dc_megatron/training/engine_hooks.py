@@ -5,6 +5,7 @@ Each row names its target, the wrapper, the condition and why; a drift test chec
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ class Session:
     plan_hash: str
     images_of_an_epoch: int
     dropped_samples: int
-    resolved: dict
     counts: StepCounts
+    clock: Clock
     loaders: list[MicroBatches]
     metrics: MetricsFile | None = None
     pictures: SamplePictures | None = None
@@ -69,7 +70,6 @@ class BadImages:
 
 def _log_hook(original: Callable, session: Session) -> Callable:
     """``training_log`` and, after it, metrics.jsonl and the progress line."""
-    clock = Clock()
     bad_images = BadImages(session.checked.settings.max_bad_sample_rate, session.images_of_an_epoch)
     on_terminal = sys.stdout.isatty()
     waited = 0.0
@@ -89,7 +89,7 @@ def _log_hook(original: Callable, session: Session) -> Callable:
             return result
         loss = loss_dict[LOSS_NAME].item() if LOSS_NAME in loss_dict else None
         grad_norm = kwargs.get("grad_norm", args[3] if len(args) > 3 else None)
-        seconds = clock.lap()
+        seconds = session.clock.lap()
         entry = {
             "iteration": iteration,
             "loss": loss,
@@ -141,6 +141,10 @@ def _save_hook(original: Callable, session: Session) -> Callable:
     complete."""
 
     def save_checkpoint(iteration, model, *args, **kwargs):
+        start = session.checked.start
+        if start.resumes and start.iteration == iteration and os.path.samefile(start.folder, get_args().save):
+            # A finished run that was started again has trained nothing; its checkpoint is complete already.
+            return None
         if torch.distributed.get_rank() == 0:
             checkpoint_folder.discard_iteration(get_args().save, iteration)
         torch.distributed.barrier()
@@ -150,6 +154,7 @@ def _save_hook(original: Callable, session: Session) -> Callable:
             _write_beside(session, iteration, unwrap_model(model))
         if session.pictures is not None:
             session.pictures.write(model[0], iteration, get_tensorboard_writer())
+        session.clock.lap()
         return result
 
     return save_checkpoint
@@ -173,9 +178,13 @@ def _write_beside(session: Session, iteration: int, chunks: list) -> None:
         model_max_length=settings.model_max_length,
     )
     checkpoint_folder.write_side_files(folder, settings.model_name_or_path, description)
-    checkpoint_folder.write_json(f"{folder}/resolved_config.json", session.resolved)
-    consumed = {"plan_hash": session.plan_hash, "consumed_samples": get_args().consumed_train_samples}
-    checkpoint_folder.write_manifest(folder, iteration, consumed)
+    args = get_args()
+    position = {
+        "plan_hash": session.plan_hash,
+        "consumed_samples": args.consumed_train_samples,
+        "global_batch_size": args.global_batch_size,
+    }
+    checkpoint_folder.write_manifest(folder, iteration, position)
 
 
 HOOKS = (

@@ -212,7 +212,7 @@ _OUTPUT = (
     Flag(
         "logging_dir", str, "", "TensorBoard folder (default: OUTPUT/tensorboard)", OUTPUT, engine="--tensorboard-dir"
     ),
-    Flag("log-images", int, 0, "pictures written to TensorBoard with the model's words", OUTPUT),
+    Flag("log-images", int, 4, "pictures in TensorBoard with the model's words, at every checkpoint", OUTPUT),
 )
 
 _PARALLEL = (
@@ -254,7 +254,7 @@ _OTHER = (
     _no_meaning("lazy_preprocess", "samples are always prepared as they are needed", bool),
     _no_meaning("tf32", "PyTorch's own setting holds for float32 products", bool),
     _no_meaning("group_by_modality_length", "rows have one fixed length, so grouping saves nothing", bool),
-    _no_meaning("save_total_limit", "every checkpoint is kept; --save-retain-interval thins them out", int),
+    _no_meaning("save_total_limit", "every checkpoint is kept", int),
     _no_meaning("is_multimodal", "a sample with a picture is recognised by its image field", bool),
     _no_meaning("remove_unused_columns", "only the fields of the LLaVA format are read", bool),
     _no_meaning("cache_dir", "models are read from the folders that are named"),

@@ -50,4 +50,6 @@ def _token_loss(losses: Tensor) -> tuple[Tensor, Tensor, dict]:
 
 
 def _microbatch_loss(losses: Tensor) -> tuple[Tensor, dict]:
-    return losses.sum() / max(losses.numel(), 1), _report(losses)
+    mean = losses.sum() / max(losses.numel(), 1)
+    # What is reported is what is minimised: the mean over micro-batches of their means.
+    return mean, {LOSS_NAME: torch.stack([mean.detach(), mean.new_ones(())])}

@@ -50,7 +50,7 @@ class MetricsFile:
 
 
 class Clock:
-    """Seconds between calls of ``lap``."""
+    """Seconds between calls of ``lap``; call it as well where something begins that belongs to no step."""
 
     def __init__(self):
         self._last = time.perf_counter()

@@ -16,7 +16,7 @@ class Start:
     """``words`` replace the engine's own: they name a complete iteration. ``notes`` are for the user.
 
     ``resumes``: optimizer, schedule and data position go on as well; otherwise only weights are taken, if any.
-    ``folder``: where they are taken from.
+    ``folder``, ``iteration``: where they are taken from. ``global_batch_size``: rows a step of the run that resumes.
     """
 
     words: list[str]
@@ -25,6 +25,8 @@ class Start:
     resumes: bool = False
     plan_hash: str | None = None
     folder: str = ""
+    iteration: int | None = None
+    global_batch_size: int | None = None
 
 
 # The engine otherwise refuses to go on where the number of steps has changed; the same flags give the same schedule.
@@ -32,18 +34,19 @@ _RESUME = ["--override-opt_param-scheduler"]
 
 
 def choose_start(translation: Translation) -> Start:
-    """Decide from ``--load``, ``--finetune`` and what ``--output_dir`` holds. UserError: nothing to load at --load."""
+    """Decide from ``--load``, ``--finetune``, ``--ckpt-step`` and what ``--output_dir`` holds.
+
+    UserError: nothing to load at --load, or no complete checkpoint of the step that was asked for.
+    """
     settings = translation.settings
     output, load = settings.output_dir, settings.load
-    words = list(translation.megatron_argv)
-    own, incomplete = checkpoint_folder.newest_complete(output) if output else (None, [])
+    step = _typed_step(translation.megatron_argv)
+    words = _without(translation.megatron_argv, "--ckpt-step")
+    own, incomplete = _newest(output, step, "--output_dir") if output else (None, [])
     notes = _passed_over(output, incomplete, own)
     if own is not None:
         notes.append(f"resuming from iteration {own} of {output}; empty the folder to start over")
-        words = _without(words, "--load", "--finetune", "--ckpt-step")
-        words += ["--load", output, "--ckpt-step", str(own), *_RESUME]
-        manifest = checkpoint_folder.read_manifest(output, own)
-        return Start(words, notes, loads=True, resumes=True, plan_hash=manifest.get("plan_hash"), folder=output)
+        return _resume(output, own, _without(words, "--load", "--finetune"), notes)
     if not load or _same_folder(load, output):
         # Launchers name one folder for both; the first launch finds it empty.
         return Start(_without(words, "--load", "--finetune"), notes)
@@ -51,7 +54,7 @@ def choose_start(translation: Translation) -> Start:
         raise UserError(f"--load {load}: no such folder")
     if checkpoint_folder.is_release(load):
         return Start(words, notes, loads=True, folder=load)
-    iteration, incomplete = checkpoint_folder.newest_complete(load)
+    iteration, incomplete = _newest(load, step, "--load")
     if iteration is None:
         raise UserError(
             f"--load {load}: holds no complete checkpoint"
@@ -59,16 +62,48 @@ def choose_start(translation: Translation) -> Start:
             + "; give the --output_dir of a run that has saved one"
         )
     notes += _passed_over(load, incomplete, iteration)
-    resumes = "--finetune" not in words
-    manifest = checkpoint_folder.read_manifest(load, iteration)
+    if "--finetune" not in words:
+        return _resume(load, iteration, _without(words, "--load"), notes)
+    return Start([*words, "--ckpt-step", str(iteration)], notes, loads=True, folder=load, iteration=iteration)
+
+
+def _resume(folder: str, iteration: int, words: list[str], notes: list[str]) -> Start:
+    manifest = checkpoint_folder.read_manifest(folder, iteration)
     return Start(
-        [*words, "--ckpt-step", str(iteration), *(_RESUME if resumes else [])],
+        [*words, "--load", folder, "--ckpt-step", str(iteration), *_RESUME],
         notes,
         loads=True,
-        resumes=resumes,
-        plan_hash=manifest.get("plan_hash") if resumes else None,
-        folder=load,
+        resumes=True,
+        plan_hash=manifest.get("plan_hash"),
+        folder=folder,
+        iteration=iteration,
+        global_batch_size=manifest.get("global_batch_size"),
     )
+
+
+def _newest(folder: str, step: int | None, flag: str) -> tuple[int | None, list[int]]:
+    """The newest complete iteration and the incomplete ones above it; or ``step``, which must then be complete."""
+    if step is None or not checkpoint_folder.iterations(folder):
+        return checkpoint_folder.newest_complete(folder)
+    if checkpoint_folder.read_manifest(folder, step) is None:
+        raise UserError(f"--ckpt-step {step}: {flag} {folder} holds no complete checkpoint of that step")
+    return step, []
+
+
+def _typed_step(words: list[str]) -> int | None:
+    if "--ckpt-step" not in words:
+        return None
+    return int(words[len(words) - words[::-1].index("--ckpt-step")])
+
+
+def refuse_another_batch(start: Start, global_batch_size: int) -> None:
+    """UserError where a resumed run would count its steps in another size than the checkpoint did."""
+    if start.resumes and start.global_batch_size not in (None, global_batch_size):
+        raise UserError(
+            f"--global-batch-size {global_batch_size} (given, or per device x accumulation x processes): {start.folder}"
+            f" was trained with {start.global_batch_size} rows a step, and its position, schedule and number of steps"
+            f" count those; give --global-batch-size {start.global_batch_size}"
+        )
 
 
 def refuse_another_model(

@@ -18,7 +18,7 @@ from dc_megatron.config import (
 from dc_megatron.errors import UserError
 from dc_megatron.training.arguments import plan_steps
 from dc_megatron.training.argv import REQUIRED_FOR_TRAINING, Translation, translate
-from dc_megatron.training.resume import Start, choose_start, refuse_another_model
+from dc_megatron.training.resume import Start, choose_start, refuse_another_batch, refuse_another_model
 from dc_megatron.training.settings import RunSettings
 
 
@@ -67,7 +67,7 @@ def check(argv: list[str], world_size: int) -> Checked:
         settings.uneven_pipeline,
     )
     # One sample stands for the data set, whose size is not known yet: batch sizes do not depend on it.
-    plan_steps(settings, 1, world_size)
+    global_batch_size = plan_steps(settings, 1, world_size).global_batch_size
     for flag, path in (
         ("--data_path", settings.data_path),
         ("--pretrain_mm_mlp_adapter", settings.pretrain_mm_mlp_adapter),
@@ -77,6 +77,7 @@ def check(argv: list[str], world_size: int) -> Checked:
     if settings.image_folder and not os.path.isdir(settings.image_folder):
         raise UserError(f"--image_folder {settings.image_folder}: no such folder")
     start = choose_start(translation)
+    refuse_another_batch(start, global_batch_size)
     refuse_another_model(start, language, vision, connector, bool(settings.pretrain_mm_mlp_adapter))
     return Checked(translation, language, vision, connector, start)
 

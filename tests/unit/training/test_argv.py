@@ -161,7 +161,7 @@ def test_a_shorter_row_shortens_the_samples_with_a_note():
         ("--seed 1.5", "--seed 1.5 whole number"),
         ("--ddp-bucket-size big", "--ddp-bucket-size big whole number"),
         ("--ddp-bucket-size", "--ddp-bucket-size a value is missing"),
-        ("--ckpt-format torchdist", "did you mean 'torch_dist'"),
+        ("--recompute-granularity ful", "did you mean 'full'"),
         ("stray --seed 1", "stray a value without a flag"),
         ("--seed 1 2", "2 a value without a flag after 1"),
         ("--overlap-grad-reduce=7", "--overlap-grad-reduce takes no value"),

@@ -12,7 +12,12 @@ import pytest
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
 from dc_megatron.errors import UserError
 from dc_megatron.training.argv import translate
-from dc_megatron.training.resume import choose_start, refuse_another_model, refuse_other_tower_weights
+from dc_megatron.training.resume import (
+    choose_start,
+    refuse_another_batch,
+    refuse_another_model,
+    refuse_other_tower_weights,
+)
 from dc_megatron.weights import checkpoint_folder
 from tests.helpers.tiny_models import tiny_clip, tiny_llama
 
@@ -273,3 +278,25 @@ def test_a_checkpoint_of_another_language_model_or_tower_is_refused(trained, tmp
     refuse_other_tower_weights(begun, vision.path, False)
     with pytest.raises(UserError, match="its weights are not those"):
         refuse_other_tower_weights(begun, tiny_clip(tmp_path / "other-clip", seed=3), False)
+
+
+def test_a_typed_step_is_honoured(own, other):
+    for folder in (own, other):
+        save(folder, 4)
+        save(folder, 8)
+    assert_loads(start(f"--output_dir {own} --ckpt-step 4"), own, 4, resumes=True)
+    begun = start(f"--load {other} --finetune --output_dir {own}-new --ckpt-step 4")
+    assert_loads(begun, other, 4, resumes=False)
+    with pytest.raises(UserError, match=r"--ckpt-step 6: --output_dir .* holds no complete checkpoint of that step"):
+        start(f"--output_dir {own} --ckpt-step 6")
+
+
+def test_another_global_batch_is_refused(own):
+    save(own, 4)
+    checkpoint_folder.write_manifest(str(own), 4, {"plan_hash": "plan", "global_batch_size": 128})
+    begun = start(f"--output_dir {own}")
+    refuse_another_batch(begun, 128)
+    with pytest.raises(UserError, match=r"--global-batch-size 64 .* give --global-batch-size 128"):
+        refuse_another_batch(begun, 64)
+    # Weights alone carry no position.
+    refuse_another_batch(start(f"--load {own} --finetune --output_dir {own}-2"), 64)
