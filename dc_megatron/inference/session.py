@@ -85,7 +85,7 @@ def _build(resolved: Resolved, seed: int):
     from dc_megatron.model.language_model import Layout, transformer_config
 
     source = resolved.source
-    engine = device.has_cuda() and installed.has_transformer_engine()
+    engine = installed.usable_transformer_engine()
     layout = Layout(
         source.tensor_model_parallel_size,
         source.pipeline_model_parallel_size,

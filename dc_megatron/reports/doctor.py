@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Callable
 
 from dc_megatron.runtime import installed
 
@@ -23,15 +24,16 @@ _DISTRIBUTIONS = (
 def examine() -> dict:
     """The report as plain values: ``machine``, ``versions``, ``optional``, ``backends``. Imports torch (seconds).
 
-    ``optional`` maps a package to {"version", "found", "error"}; ``error`` is None where it can be imported.
+    ``optional`` maps a package to {"version", "found", "error"}; ``error`` is None where a run here can use it.
+    For Transformer Engine and apex, training and inference ask the same functions of ``installed``.
     ``backends`` maps a part to {"choice", "why"}.
     """
     machine = _machine()
     optional = {
-        "transformer-engine": _optional("transformer_engine.pytorch", installed.has_transformer_engine()),
-        "flash-attn": _optional("flash_attn", installed.has_flash_attention()),
-        "apex": _optional("apex", installed.has_apex()),
-        "dali": _optional("nvidia.dali", installed.has_dali()),
+        "transformer-engine": _optional(installed.has_transformer_engine(), installed.transformer_engine_error),
+        "flash-attn": _optional(installed.has_flash_attention(), lambda: installed.import_error("flash_attn")),
+        "apex": _optional(installed.has_apex(), installed.apex_error),
+        "dali": _optional(installed.has_dali(), lambda: installed.import_error("nvidia.dali")),
     }
     optional["transformer-engine"]["version"] = installed.version_of("transformer-engine", "transformer_engine")
     optional["flash-attn"]["version"] = installed.version_of("flash-attn")
@@ -60,8 +62,8 @@ def _machine() -> dict:
     }
 
 
-def _optional(module: str, found: bool) -> dict:
-    return {"version": None, "found": found, "error": installed.import_error(module) if found else "not installed"}
+def _optional(found: bool, error: Callable[[], str | None]) -> dict:
+    return {"version": None, "found": found, "error": error() if found else "not installed"}
 
 
 def _usable(package: dict) -> bool:

@@ -1,13 +1,16 @@
 """What is installed, found out without importing it: the one place that looks for the optional packages.
 
-A package that is found may still fail to import, for example when it was built for another PyTorch. ``import_error``
-tries; it is for programs that have time for it.
+A package that is found may still fail to import, for example when it was built for another PyTorch. The functions
+``usable_*`` try it, once in a process and in this process: training, inference and doctor all decide by them.
+``import_error`` tries in another process; it is for programs that have time for it.
 """
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _distribution_version
 from importlib.util import find_spec
@@ -40,6 +43,44 @@ def has_transformer_engine() -> bool:
 def has_apex() -> bool:
     """NVIDIA's apex with its compiled kernels; the package of the same name on the registry has none."""
     return has_module("apex") and has_module("fused_weight_gradient_mlp_cuda")
+
+
+@cache
+def transformer_engine_error() -> str | None:
+    """Why layers and optimizer of Transformer Engine cannot be used in this process, or None if they can."""
+    return _usability_error(has_transformer_engine(), "transformer_engine.pytorch")
+
+
+@cache
+def apex_error() -> str | None:
+    """Why apex's optimizer and kernels cannot be used in this process, or None if they can."""
+    # amp_C and the last are compiled: what the optimizer and the fused accumulation of gradients call.
+    return _usability_error(has_apex(), "apex.optimizers", "amp_C", "fused_weight_gradient_mlp_cuda")
+
+
+def usable_transformer_engine() -> bool:
+    return transformer_engine_error() is None
+
+
+def usable_apex() -> bool:
+    return apex_error() is None
+
+
+def _usability_error(found: bool, *modules: str) -> str | None:
+    if not found:
+        return "not installed"
+    # Not at the top: asking what is installed must not import torch, which the next line does.
+    from dc_megatron.runtime import device
+
+    if not device.has_cuda():
+        return "not used: there is no GPU, or DC_DEVICE=cpu is set"
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a package for another PyTorch raises: ImportError, OSError, RuntimeError
+            said = str(error).strip().splitlines() or ["no message"]
+            return f"{type(error).__name__}: {said[0]}"
+    return None
 
 
 def has_flash_attention() -> bool:

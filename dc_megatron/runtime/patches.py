@@ -1,5 +1,6 @@
 """The table of patches that lets megatron-core 0.19.2 run where its authors did not run it.
 
+Where it runs without a GPU it must not find Transformer Engine and apex; those are hidden first. Then come the rows.
 Every row names its target, the replacement, the condition under which it applies and why. ``apply`` installs the rows
 whose condition holds, once; ``undo`` takes them out again (tests). A drift test checks that every target exists.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import queue
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,7 +39,7 @@ def _calling(function: Callable) -> Callable:
 
 CONDITIONS: dict[str, Callable[[], bool]] = {
     "no_cuda": lambda: not device.has_cuda(),
-    "no_te_and_no_apex": lambda: not (installed.has_transformer_engine() or installed.has_apex()),
+    "no_te_and_no_apex": lambda: not (installed.usable_transformer_engine() or installed.usable_apex()),
     "always": lambda: True,
     "wheel_install": lambda: True,  # megatron-core comes as a wheel here; its pin is in the requirement files
 }
@@ -195,6 +197,14 @@ TRAINING_ROWS = [
     ),
 ]
 
+# Packages that megatron-core takes wherever they can be imported, even for tensors on the CPU, and what tells that
+# they can be used here. Its attempts at importing them catch ImportError, and no other error.
+OPTIONAL_PACKAGES: tuple[tuple[Callable[[], bool], tuple[str, ...]], ...] = (
+    (lambda: installed.usable_transformer_engine(), ("transformer_engine", "transformer_engine_torch")),
+    (lambda: installed.usable_apex(), ("apex", "amp_C", "fused_weight_gradient_mlp_cuda")),
+)
+
+_hidden: dict[str, object] = {}  # what sys.modules held of the hidden packages
 _originals: list[tuple[object, str, object]] = []
 _applied: set[str] = set()
 
@@ -209,13 +219,42 @@ def resolve(target: str) -> tuple[object, str]:
     return holder, name
 
 
+def _hide_unusable() -> None:
+    """Make every later import of a package that cannot be used here raise ModuleNotFoundError.
+
+    ``importlib.util.find_spec`` then answers None, so that transformers, accelerate and peft do not find it either.
+    """
+    for usable, packages in OPTIONAL_PACKAGES:
+        if usable():
+            continue
+        for package in packages:
+            if sys.modules.get(package, package) is None:
+                continue
+            # A failed or an earlier import leaves submodules behind, which would be found without their parent.
+            for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+                _hidden[name] = sys.modules.pop(name)
+            _hidden[package] = sys.modules.get(package)
+            sys.modules[package] = None
+
+
+def _show_hidden() -> None:
+    for name, module in _hidden.items():
+        if module is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = module
+    _hidden.clear()
+
+
 def apply(training: bool = False) -> list[str]:
     """Install the rows whose condition holds; with ``training`` those of megatron.training as well.
 
     Returns the targets that are patched now. Calling again adds only what is missing. Modules of megatron are imported
-    here: import dc_megatron.runtime.patches before megatron, and call this before building anything.
+    here, after the packages that cannot be used on this machine have been hidden from them: call this before megatron
+    is imported, and before anything is built.
     """
     noise.leave_out_expected()
+    _hide_unusable()
     for row in CORE_ROWS + (TRAINING_ROWS if training else []):
         if row.target in _applied or not CONDITIONS[row.condition]():
             continue
@@ -228,8 +267,9 @@ def apply(training: bool = False) -> list[str]:
 
 
 def undo() -> None:
-    """Put every original back, last first."""
+    """Put every original back, last first. What megatron found or missed when it was imported stays as it is."""
     while _originals:
         holder, name, original = _originals.pop()
         setattr(holder, name, original)
     _applied.clear()
+    _show_hidden()
