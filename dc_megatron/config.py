@@ -224,6 +224,15 @@ def image_tokens(vision: VisionConfig, connector: ConnectorConfig) -> int:
     return tokens
 
 
+def image_share(count: int, rank: int, size: int) -> range:
+    """Which of the ``count`` images of a micro-batch rank ``rank`` of ``size`` encodes.
+
+    With c = ceil(count / size): c from rank * c on; the last ranks may have fewer, or none.
+    """
+    width = -(-count // size)
+    return range(min(count, rank * width), min(count, (rank + 1) * width))
+
+
 @dataclass(frozen=True)
 class LanguageConfig:
     """Shape of a Llama-family language model, from its Hugging Face ``config.json``."""
@@ -321,14 +330,18 @@ def check_parallel_layout(language: LanguageConfig, tensor: int, pipeline: int, 
     tensor and pipeline are world sizes of the two groups; ``uneven_split`` says that the user gave the engine an
     explicit division of layers.
     """
-    heads, groups, layers = language.num_attention_heads, language.num_key_value_heads, language.num_hidden_layers
-    fits = [
-        t for t in range(1, groups + 1) if heads % t == 0 and groups % t == 0 and language.intermediate_size % t == 0
-    ]
+    sizes = {
+        "attention heads": language.num_attention_heads,
+        "key-value heads": language.num_key_value_heads,
+        "channels of intermediate_size": language.intermediate_size,
+    }
+    layers = language.num_hidden_layers
+    fits = [t for t in range(1, language.num_key_value_heads + 1) if not any(size % t for size in sizes.values())]
     if tensor not in fits:
+        wrong = " and ".join(f"{size} {what}" for what, size in sizes.items() if tensor < 1 or size % tensor)
         raise UserError(
-            f"--tensor-model-parallel-size {tensor}: does not divide {heads} attention heads and {groups} key-value"
-            f" heads of {language.path or 'the model'}; values that do: {', '.join(map(str, fits))}"
+            f"--tensor-model-parallel-size {tensor}: does not divide {wrong} of {language.path or 'the model'};"
+            f" values that do: {', '.join(map(str, fits))}"
         )
     if layers % pipeline and not uneven_split:
         divisors = [p for p in range(1, layers + 1) if layers % p == 0]
@@ -355,6 +368,8 @@ class DataConfig:
     seed: int = 1234
     image_backend: str = "auto"
     max_bad_sample_rate: float = 0.001
+    # Ids of the language model; no sample may hold another. 0: not checked.
+    vocab_size: int = 0
 
     def __post_init__(self):
         one_of(self.version, TEMPLATES, "--version")

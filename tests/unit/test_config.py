@@ -206,6 +206,17 @@ def test_layouts_that_do_not_divide_name_those_that_do(tmp_path):
     check_parallel_layout(language, 1, 3, uneven_split=True)
 
 
+def test_a_layout_names_the_size_that_it_does_not_divide(tmp_path):
+    narrow = LanguageConfig.from_folder(write_config(tmp_path, LLAMA | {"intermediate_size": 90}))
+    with pytest.raises(UserError) as said:
+        check_parallel_layout(narrow, 4, 1)
+    assert "does not divide 90 channels of intermediate_size of" in str(said.value)
+    assert "heads" not in str(said.value)
+    assert str(said.value).endswith("values that do: 1, 2")
+    with pytest.raises(UserError, match="3: does not divide 8 attention heads and 4 key-value heads of"):
+        check_parallel_layout(narrow, 3, 1)
+
+
 def data_config(**values):
     given = {"version": "v1", "image_aspect_ratio": "pad", "model_max_length": 64, "seq_length": 64}
     return DataConfig("data.json", "images", "tokenizer", tokens_per_image=16, **{**given, **values})
