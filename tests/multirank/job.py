@@ -20,6 +20,7 @@ class Job:
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
     lr: float = 1e-3
     packed: bool = False
     bf16: bool = False

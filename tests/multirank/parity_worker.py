@@ -93,8 +93,24 @@ def _named_tensors(chunks: list, of) -> dict:
     return found
 
 
+def _gather_reduced_gradients(chunks: list) -> None:
+    """Complete the gradient buffers, of which the distributed optimizer has reduced this rank's share only.
+
+    It reads nothing but that share, which stays what it was.
+    """
+    for chunk in chunks:
+        for group in chunk.bucket_groups:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                share = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, share, group=ranks)
+
+
 def train(job: Job) -> dict:
-    """Run ``job`` on this rank: losses by step, first-step gradients and final parameters of this rank's shards."""
+    """Run ``job`` on this rank: losses by step, first-step gradients and final parameters.
+
+    Gradients are reduced over the data-parallel ranks; both are this rank's tensor and pipeline shards.
+    """
     from megatron.core import parallel_state as mpu
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -116,6 +132,7 @@ def train(job: Job) -> dict:
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=job.overlap_grad_reduce,
             use_distributed_optimizer=job.distributed_optimizer,
+            overlap_param_gather=job.overlap_param_gather,
             bucket_size=2000 if job.overlap_grad_reduce else None,
         )
         chunks = [Float16Module(config, model) for model in models] if job.bf16 else models
@@ -132,6 +149,7 @@ def train(job: Job) -> dict:
                 bf16=job.bf16,
                 params_dtype=config.params_dtype,
                 use_distributed_optimizer=job.distributed_optimizer,
+                overlap_param_gather=job.overlap_param_gather,
             ),
             chunks,
         )
@@ -147,6 +165,11 @@ def train(job: Job) -> dict:
         losses, norms, gradients = [], [], {}
         for number, step in enumerate(job.micro_batches):
             for chunk in chunks:
+                # As the engine does: the first iteration needs no gathering, later ones gather in forward pre-hooks.
+                if job.overlap_param_gather and number == 0:
+                    chunk.disable_forward_pre_hook(param_sync=False)
+                if job.overlap_param_gather and number == 1:
+                    chunk.enable_forward_pre_hook()
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
             mine = [share_pixels(batch, tensor_rank, job.tensor) for batch in step[data_rank::data_size]]
@@ -161,10 +184,15 @@ def train(job: Job) -> dict:
                 forward_only=False,
             )
             if number == 0:
+                if job.distributed_optimizer:
+                    _gather_reduced_gradients(chunks)
                 gradients = _named_tensors(models, lambda p: getattr(p, "main_grad", None))
             _, norm, _ = optimizer.step()
             norms.append(norm)
             losses.append(_global_loss(reported))
+        if job.overlap_param_gather and len(job.micro_batches) > 1:
+            for chunk in chunks:
+                chunk.disable_forward_pre_hook()  # gathers what the last step changed
         return {
             "tensor_rank": tensor_rank,
             "pipeline_rank": mpu.get_pipeline_model_parallel_rank(),
