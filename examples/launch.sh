@@ -5,6 +5,7 @@
 #
 # From the environment:
 #   GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT   the machines (where torchrun is not the caller)
+#   CUDA_VISIBLE_DEVICES                                     how many GPUs count, where GPUS_PER_NODE does not say it
 #   DC_PRINT_ARGV=1                                          print the final flags instead of running
 #   TENSOR_PARALLEL PIPELINE_PARALLEL                        how the model is divided
 
@@ -22,7 +23,8 @@ else
   python="$(command -v python3 || command -v python)" || fail "no python found; run: bash tools/setup_env.sh"
 fi
 
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+source "$root/examples/gpus.sh"
+gpus=$(count_gpus)
 [ "${DC_DEVICE:-}" = cpu ] && gpus=0
 if [ -n "${LOCAL_RANK:-}" ]; then
   processes_per_node="${LOCAL_WORLD_SIZE:?torchrun sets LOCAL_WORLD_SIZE}"

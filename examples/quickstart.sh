@@ -64,7 +64,8 @@ python=.venv/bin/python
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # Tensor parallelism before Blackwell needs the order of kernels kept; the engine refuses to start without it.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+source examples/gpus.sh
+gpus=$(count_gpus)
 if [ "$gpus" -gt 0 ] && [ "$gpus" -lt "$tensor_parallel" ] && [ -z "${DC_DEVICE:-}" ]; then
   echo "$tensor_parallel processes need as many GPUs and here is $gpus: running on the CPU (QUICKSTART_TP=1 uses the GPU)"
   export DC_DEVICE=cpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = ["pretrain_dc.sh", "finetune_dc.sh"]
 OURS = ("GPUS_PER_NODE", "NNODES", "LOCAL_RANK", "RANK", "WORLD_SIZE", "MODEL", "DATA", "OUTPUT", "DC_DEVICE")
+OURS += ("CUDA_VISIBLE_DEVICES",)
 
 
 def run(command: list[str], cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -130,3 +132,63 @@ def test_two_processes_share_a_model_where_there_is_no_gpu():
     got = flags_of(by_bash("pretrain_dc.sh", GPUS_PER_NODE="", DC_DEVICE="cpu"))
     assert got["tensor_model_parallel_size"] == "2"
     assert int(got["per_device_train_batch_size"]) * int(got["gradient_accumulation_steps"]) == 128
+
+
+@pytest.fixture
+def four_gpus(tmp_path) -> str:
+    """PATH of a machine whose nvidia-smi lists four GPUs, one of them divided."""
+    command = tmp_path / "nvidia-smi"
+    gpus = "".join(f"GPU {i}: NVIDIA H200 (UUID: GPU-{i})\\n" for i in range(4))
+    command.write_text(f"#!/bin/sh\nprintf '{gpus}  MIG 1g.18gb Device 0: (UUID: MIG-0)\\n'\n")
+    command.chmod(0o755)
+    return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [
+        (None, 4),
+        ("2", 1),
+        ("0, 3", 2),
+        ("GPU-0,GPU-3,MIG-0", 3),
+        ("0,-1,1", 1),
+        ("7,0", 0),
+        ("08", 0),
+        ("-1", 0),
+        ("", 0),
+        ("NoDevFiles", 0),
+    ],
+)
+def test_gpus_are_counted_as_cuda_shows_them(four_gpus, visible, gpus):
+    environment = {"PATH": four_gpus} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    done = run(["bash", "-euo", "pipefail", "-c", "source examples/gpus.sh; count_gpus"], **environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{gpus}\n", "")
+
+
+@pytest.mark.parametrize(("visible", "processes"), [(None, 4), ("1", 1), ("", 2)])
+def test_a_recipe_starts_a_process_for_every_visible_gpu(four_gpus, visible, processes):
+    environment = {"PATH": four_gpus} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    got = flags_of(by_bash("pretrain_dc.sh", GPUS_PER_NODE="", **environment))
+    assert int(got["per_device_train_batch_size"]) * int(got["gradient_accumulation_steps"]) == 256 // processes
+
+
+def test_the_quickstart_runs_on_the_cpu_where_too_few_gpus_are_visible(four_gpus, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in OURS}
+    environment |= {"PATH": four_gpus, "CUDA_VISIBLE_DEVICES": "3", "QUICKSTART_RUN": str(tmp_path / "run")}
+    started = subprocess.Popen(
+        ["bash", "examples/quickstart.sh"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed = ""
+        while "[1/" not in printed and (piece := started.stdout.read(1)):
+            printed += piece
+    finally:
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+    assert "2 processes need as many GPUs and here is 1: running on the CPU" in printed
