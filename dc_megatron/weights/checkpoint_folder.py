@@ -11,15 +11,18 @@ An iteration without a manifest that its files agree with was not written to its
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+import uuid
+from dataclasses import asdict, dataclass, replace
 
 import xxhash
 
 from dc_megatron.errors import UserError
+from dc_megatron.weights.weight_files import find_weights
 
 MANIFEST = "dc_manifest.json"
 DESCRIPTION = "dc_megatron.json"
@@ -65,21 +68,24 @@ def _file_sizes(folder: str) -> dict[str, int]:
     for parent, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(parent, name)
-            if name != MANIFEST and not name.endswith(".tmp"):
+            # .nfs: files that somebody deleted and somebody else holds open; they vanish by themselves.
+            if name != MANIFEST and not name.endswith(".tmp") and not name.startswith(".nfs"):
                 found[os.path.relpath(path, folder)] = os.path.getsize(path)
     return found
 
 
 def discard_iteration(folder: str, iteration: int) -> None:
-    """Remove what an earlier attempt left of an iteration that is about to be written, its manifest first.
+    """Remove what an earlier attempt left of an iteration that is about to be written.
 
-    Written over, a manifest of the earlier attempt could vouch for a mixture of both.
+    Written over, a manifest of the earlier attempt could vouch for a mixture of both. It is renamed first, to a name
+    that stands for no iteration: deleting takes time, and a run that ends meanwhile must not leave half of it.
     """
     target = iteration_folder(folder, iteration)
     with contextlib.suppress(FileNotFoundError):
-        os.remove(os.path.join(target, MANIFEST))
-    if os.path.isdir(target):
-        shutil.rmtree(target)
+        os.rename(target, f"{target}.discarded-{uuid.uuid4().hex}")
+    # Also those that an earlier run was killed over. What cannot be deleted now is in nobody's way.
+    for aside in glob.glob(f"{glob.escape(target)}.discarded-*"):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_manifest(folder: str, iteration: int, content: dict) -> None:
@@ -89,13 +95,18 @@ def write_manifest(folder: str, iteration: int, content: dict) -> None:
 
 
 def read_manifest(folder: str, iteration: int) -> dict | None:
-    """The manifest of an iteration, or None where it is absent, unreadable or disagrees with the files."""
+    """The manifest of an iteration, or None where it is absent, unreadable or disagrees with the files.
+
+    Every file that it lists must be there with its size. Others do not matter: file managers, network disks and
+    copying programs leave theirs, and the engine reads none that it did not write.
+    """
     target = iteration_folder(folder, iteration)
     try:
         with open(os.path.join(target, MANIFEST), encoding="utf-8") as file:
             manifest = json.load(file)
-        return manifest if manifest["files"] == _file_sizes(target) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        sizes = manifest["files"].items()
+        return manifest if all(os.path.getsize(os.path.join(target, name)) == size for name, size in sizes) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -125,20 +136,26 @@ def is_release(folder: str) -> bool:
         return False
 
 
-def hash_folder_weights(folder: str) -> str:
-    """xxh3 over the weight files of a Hugging Face folder, names included; 16 hex digits."""
+def hash_folder_weights(folder: str, flag: str = "--vision_tower") -> str:
+    """xxh3 over the files of a Hugging Face folder that weights are loaded from, names included; 16 hex digits.
+
+    UserError where there are none.
+    """
     digest = xxhash.xxh3_64()
-    for name in sorted(os.listdir(folder)):
-        if name.endswith((".safetensors", ".bin")):
-            digest.update(name.encode())
-            with open(os.path.join(folder, name), "rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
+    for name in find_weights(folder, f"{flag} {folder}")[0]:
+        digest.update(name.encode())
+        with open(os.path.join(folder, name), "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
     return digest.hexdigest()
 
 
 def write_side_files(folder: str, language_folder: str, description: CheckpointDescription) -> None:
-    """Make the checkpoint usable without the folders it was trained from, save the frozen tower's weights."""
+    """Make the checkpoint usable without the folders it was trained from, save the frozen tower's weights.
+
+    The tower's path is written as an absolute one: the checkpoint may be used from another working folder.
+    """
+    described = replace(description, vision_tower=os.path.abspath(description.vision_tower))
     target = os.path.join(folder, "hf")
     tower = os.path.join(target, "vision_tower")
     os.makedirs(tower, exist_ok=True)
@@ -149,7 +166,7 @@ def write_side_files(folder: str, language_folder: str, description: CheckpointD
         source = os.path.join(description.vision_tower, name)
         if os.path.isfile(source):
             _copy(source, os.path.join(tower, name))
-    write_json(os.path.join(target, DESCRIPTION), asdict(description))
+    write_json(os.path.join(target, DESCRIPTION), asdict(described))
 
 
 def _copy(source: str, target: str) -> None:

@@ -16,7 +16,7 @@ from dc_megatron.weights.language_tables import (
     language_table,
 )
 from dc_megatron.weights.names import refuse_wrong_names, refuse_wrong_shape
-from dc_megatron.weights.rules import pieces, read_shard, shard_shape
+from dc_megatron.weights.rules import pieces, read_shard
 from dc_megatron.weights.safetensors_files import Checkpoint, open_checkpoint
 
 
@@ -43,10 +43,6 @@ class LanguageWeights:
         self._checkpoint = open_checkpoint(folder, flag)
         self._has_tied_head = language.tie_word_embeddings and HEAD in self._checkpoint.names()
         check_names(self._checkpoint, self.table, language, self._what)
-
-    def shape(self, megatron_name: str) -> tuple[int, ...]:
-        """Shape of this rank's shard of a parameter."""
-        return shard_shape(find_rule(self.table, megatron_name)[0], self._size)
 
     def shard(self, megatron_name: str) -> Tensor:
         """This rank's shard of a parameter, in the file's dtype, on the CPU, in memory of its own.

@@ -14,16 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dc_megatron.config import read_json_file
 from dc_megatron.errors import UserError
+from dc_megatron.weights.weight_files import find_weights
 
-# In the order in which transformers looks for them.
-FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 _LENGTH_BYTES = 8
 
 
@@ -90,9 +83,6 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file_of[name].shape(name)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self.read(name, (0, 0) if self.shape(name) else None).dtype
-
     def read(self, name: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Tensor:
         """The tensor, or the half-open range of its rows and columns, in the file's dtype on the CPU.
 
@@ -104,14 +94,13 @@ class Checkpoint:
 def open_checkpoint(folder: str, flag: str = "--model_name_or_path") -> Checkpoint:
     """Open the weights of ``folder``; UserError where they are missing, incomplete or corrupt."""
     what = f"{flag} {folder}"
-    if not os.path.isdir(folder):
-        raise UserError(f"{what}: no such folder: {folder}")
-    found = next((name for name in FILES if os.path.isfile(os.path.join(folder, name))), None)
-    if found is None:
-        raise UserError(f"{what}: no weights in the folder; looked for {', '.join(FILES)}")
-    if not found.endswith(".index.json"):
-        return Checkpoint([open_file(os.path.join(folder, found), what)], what)
-    return _open_sharded(folder, found, what)
+    names, weight_map = find_weights(folder, what)
+    files = {name: open_file(os.path.join(folder, name), what) for name in names}
+    for shard, file in files.items():
+        lost = {name for name, place in weight_map.items() if place == shard}.difference(file.names())
+        if lost:
+            raise UserError(f"{what}: the index says that {sorted(lost)[0]} is in {shard}; it is not there")
+    return Checkpoint(list(files.values()), what)
 
 
 def open_file(path: str, what: str) -> SafetensorsFile | BinFile:
@@ -135,28 +124,6 @@ def load_bin(path: str, what: str) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{what}: {path} is not a table of tensors by name")
     return content
-
-
-def _open_sharded(folder: str, index_name: str, what: str) -> Checkpoint:
-    weight_map = read_json_file(folder, index_name, what).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{what}: {index_name} has no weight_map")
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        if os.path.basename(shard) != shard:
-            raise UserError(f"{what}: {index_name} points outside the folder: {shard}")
-    absent = [shard for shard in shards if not os.path.isfile(os.path.join(folder, shard))]
-    if absent:
-        raise UserError(
-            f"{what}: {len(absent)} of {len(shards)} files that {index_name} names are missing:"
-            f" {', '.join(absent[:8])}; fetch them"
-        )
-    files = {shard: open_file(os.path.join(folder, shard), what) for shard in shards}
-    for shard, file in files.items():
-        lost = {name for name, place in weight_map.items() if place == shard}.difference(file.names())
-        if lost:
-            raise UserError(f"{what}: {index_name} says that {sorted(lost)[0]} is in {shard}; it is not there")
-    return Checkpoint(list(files.values()), what)
 
 
 def _read_header(path: str, what: str) -> tuple[dict[str, dict], dict[str, str]]:

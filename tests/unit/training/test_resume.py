@@ -196,7 +196,9 @@ def test_a_manifest_agrees_with_the_files(own):
     assert manifest["files"] == {"__0_0.distcp": 10, "metadata.json": 2}
 
 
-@pytest.mark.parametrize("damage", ["shorter", "longer", "removed", "added", "half a manifest", "no files in it"])
+@pytest.mark.parametrize(
+    "damage", ["shorter", "longer", "removed", "half a manifest", "no files in it", "files in a list"]
+)
 def test_files_that_disagree_with_the_manifest_make_a_checkpoint_incomplete(own, damage):
     save(own, 10)
     save(own, 20)
@@ -208,13 +210,44 @@ def test_files_that_disagree_with_the_manifest_make_a_checkpoint_incomplete(own,
         (target / "__0_0.distcp").write_bytes(b"x" * 21)
     elif damage == "removed":
         (target / "metadata.json").unlink()
-    elif damage == "added":
-        (target / "__1_0.distcp").write_bytes(b"x")
     elif damage == "half a manifest":
         os.truncate(manifest, manifest.stat().st_size // 2)
-    else:
+    elif damage == "no files in it":
         manifest.write_text(json.dumps({"iteration": 20}))
+    else:
+        manifest.write_text(json.dumps({"iteration": 20, "files": ["metadata.json"]}))
     assert checkpoint_folder.newest_complete(str(own)) == (10, [20])
+
+
+def test_files_of_others_do_not_make_a_checkpoint_incomplete(own):
+    save(own, 20)
+    for name in (".nfs000000000123", ".DS_Store", ".metadata.json.Xy3z"):
+        (own / "iter_0000020" / name).write_bytes(b"x")
+    assert checkpoint_folder.newest_complete(str(own)) == (20, [])
+    # Neither does one that was there when the manifest was written, and vanished.
+    checkpoint_folder.write_manifest(str(own), 20, {})
+    (own / "iter_0000020" / ".nfs000000000123").unlink()
+    assert checkpoint_folder.newest_complete(str(own)) == (20, [])
+
+
+def test_a_discarded_iteration_is_never_seen_half_deleted(own, monkeypatch):
+    save(own, 10)
+    save(own, 20)
+
+    def killed(path, **_):
+        assert os.listdir(path), "there should be something to delete"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_folder.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint_folder.discard_iteration(str(own), 20)
+    assert checkpoint_folder.iterations(str(own)) == [10]
+    # The next attempt deletes what the first one left, beside its own.
+    save(own, 20)
+    checkpoint_folder.discard_iteration(str(own), 20)
+    checkpoint_folder.discard_iteration(str(own), 30)
+    assert sorted(os.listdir(own)) == ["iter_0000010", checkpoint_folder.TRACKER]
 
 
 def test_only_iteration_folders_count(own):
@@ -278,6 +311,44 @@ def test_a_checkpoint_of_another_language_model_or_tower_is_refused(trained, tmp
     refuse_other_tower_weights(begun, vision.path, False)
     with pytest.raises(UserError, match="its weights are not those"):
         refuse_other_tower_weights(begun, tiny_clip(tmp_path / "other-clip", seed=3), False)
+
+
+def test_the_towers_hash_is_of_the_files_that_are_loaded(tmp_path):
+    tower = tmp_path / "clip"
+    tiny_clip(tower)
+    before = checkpoint_folder.hash_folder_weights(str(tower))
+    (tower / "pytorch_model.bin").write_bytes(b"the same weights in the old form")
+    (tower / "consolidated.safetensors").write_bytes(b"another program's")
+    assert checkpoint_folder.hash_folder_weights(str(tower)) == before
+    weights = (tower / "model.safetensors").read_bytes()
+    (tower / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert checkpoint_folder.hash_folder_weights(str(tower)) != before
+
+
+def test_the_towers_hash_follows_an_index(tmp_path):
+    for name in ("one.safetensors", "two.safetensors", "spare.safetensors"):
+        (tmp_path / name).write_text(name)
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = checkpoint_folder.hash_folder_weights(str(tmp_path))
+    (tmp_path / "spare.safetensors").unlink()
+    assert checkpoint_folder.hash_folder_weights(str(tmp_path)) == before
+    (tmp_path / "two.safetensors").write_text("changed")
+    assert checkpoint_folder.hash_folder_weights(str(tmp_path)) != before
+    (tmp_path / "two.safetensors").unlink()
+    with pytest.raises(UserError, match=r"--vision_tower .*1 of 2 files .* missing: two\.safetensors"):
+        checkpoint_folder.hash_folder_weights(str(tmp_path))
+
+
+def test_the_towers_path_holds_from_everywhere(tmp_path, monkeypatch):
+    language = tiny_llama(tmp_path / "llama", layers=2)
+    tiny_clip(tmp_path / "clip")
+    monkeypatch.chdir(tmp_path)
+    description = checkpoint_folder.CheckpointDescription("clip", "0", "dci", "mlp2x_gelu", -2, "v1", "pad", 128)
+    checkpoint_folder.write_side_files("run", language, description)
+    described = checkpoint_folder.read_description("run")
+    assert described == replace(description, vision_tower=str(tmp_path / "clip"))
+    assert os.path.isfile(tmp_path / "run" / "hf" / "vision_tower" / "config.json")
 
 
 def test_a_typed_step_is_honoured(own, other):

@@ -46,7 +46,6 @@ def test_shards_go_back_to_the_folder_bit_for_bit(maker, size, tmp_path):
         for layer in range(language.num_hidden_layers) if rule.layered else (None,):
             name = rule.key.format(layer=layer)
             shards = [rank.shard(name) for rank in ranks]
-            assert {tuple(shard.shape) for shard in shards} == {ranks[0].shape(name)}
             back.update(to_hugging_face(rule, layer, shards))
     original = load_file(os.path.join(folder, "model.safetensors"))
     assert back.keys() == original.keys()

@@ -58,7 +58,7 @@ def test_names_shapes_dtypes_and_parts(form, tmp_path):
     assert sorted(checkpoint.names()) == sorted(TENSORS)
     for name, tensor in TENSORS.items():
         assert checkpoint.shape(name) == tuple(tensor.shape)
-        assert checkpoint.dtype(name) == tensor.dtype
+        assert checkpoint.read(name).dtype == tensor.dtype
         assert torch.equal(checkpoint.read(name), tensor)
     assert torch.equal(checkpoint.read("a", (2, 5)), TENSORS["a"][2:5])
     assert torch.equal(checkpoint.read("a", (2, 5), (1, 3)), TENSORS["a"][2:5, 1:3])
