@@ -1,4 +1,4 @@
-"""Pixels through NVIDIA DALI, on the CPU or with decoding on a GPU; the only file that imports it.
+"""Pixels through NVIDIA DALI on the CPU; the only file that imports it.
 
 DALI differs from PIL's bicubic by some 0.2/255 on average where both cut whole pixels, so sizes and offsets are
 computed per image as the reference does. One bad image fails a whole DALI batch and invalidates the pipeline: only
@@ -24,7 +24,7 @@ _GEOMETRY_FEEDS = ("canvas_start", "canvas_size", "resized", "crop_start")
 
 
 @pipeline_def(prefetch_queue_depth=1, exec_async=False, exec_pipelined=False)
-def _pipeline(vision: VisionConfig, on_gpu: bool):
+def _pipeline(vision: VisionConfig):
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     canvas_start, canvas_size, resized, crop_start = (
         fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in _GEOMETRY_FEEDS
@@ -32,7 +32,7 @@ def _pipeline(vision: VisionConfig, on_gpu: bool):
     # The accurate transform and smooth chroma are libjpeg's defaults, which PIL uses.
     images = fn.decoders.image(
         encoded,
-        device="mixed" if on_gpu else "cpu",
+        device="cpu",
         output_type=types.RGB,
         adjust_orientation=False,
         use_fast_idct=False,
@@ -63,19 +63,16 @@ class DaliImageLoader(ImageLoader):
         aspect_ratio: str,
         *,
         threads: int = 1,
-        device_id: int | None = None,
         max_batch_size: int = 64,
     ):
         super().__init__(vision, aspect_ratio)
         self._threads = threads
-        self._device_id = device_id
         self._max_batch_size = max_batch_size
         self._pipeline = None
 
     def _decode(self, files: Sequence[str], encoded: list[bytes | None]) -> tuple[torch.Tensor, list[int]]:
         size = self.vision.image_size
-        device = "cpu" if self._device_id is None else f"cuda:{self._device_id}"
-        pixels = torch.empty(len(files), 3, size, size, device=device)
+        pixels = torch.empty(len(files), 3, size, size)
         places = {number: place for number, data in enumerate(encoded) if (place := self._place(data)) is not None}
         numbers = list(places)
         for start in range(0, len(numbers), self._max_batch_size):
@@ -88,7 +85,7 @@ class DaliImageLoader(ImageLoader):
                 for number in chunk:
                     del places[number]
             else:
-                pixels[torch.tensor(chunk, device=device)] = batch
+                pixels[torch.tensor(chunk)] = batch
         failed = []
         for number, (path, data) in enumerate(zip(files, encoded, strict=True)):
             if number in places:
@@ -114,24 +111,16 @@ class DaliImageLoader(ImageLoader):
     def _run(self, encoded: list[bytes], places: list[Geometry]) -> torch.Tensor:
         """float32 [k, 3, H, W]; RuntimeError where DALI cannot decode one of the images."""
         if self._pipeline is None:
+            # device_id None: DALI looks for no GPU.
             self._pipeline = _pipeline(
-                self.vision,
-                self._device_id is not None,
-                batch_size=self._max_batch_size,
-                num_threads=self._threads,
-                device_id=self._device_id,
+                self.vision, batch_size=self._max_batch_size, num_threads=self._threads, device_id=None
             )
             self._pipeline.build()
         self._pipeline.feed_input("encoded", [np.frombuffer(data, dtype=np.uint8) for data in encoded])
         for name in _GEOMETRY_FEEDS:
             self._pipeline.feed_input(name, [np.array(getattr(place, name), dtype=np.int32) for place in places])
         (output,) = self._pipeline.run()
-        if self._device_id is None:
-            return torch.from_numpy(output.as_array())
-        # Copied and waited for: the next run writes into the same memory, on a stream of DALI's own.
-        batch = torch.from_dlpack(output.as_tensor()).clone()
-        torch.cuda.synchronize(self._device_id)
-        return batch
+        return torch.from_numpy(output.as_array())
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:

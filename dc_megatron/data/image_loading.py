@@ -77,13 +77,10 @@ class PilImageLoader(ImageLoader):
         return torch.from_numpy(np.stack(pixels)), failed
 
 
-def image_loader(
-    backend: str, vision: VisionConfig, aspect_ratio: str, *, threads: int = 1, device_id: int | None = None
-) -> ImageLoader:
+def image_loader(backend: str, vision: VisionConfig, aspect_ratio: str, *, threads: int = 1) -> ImageLoader:
     """The loader of ``--image-backend``: ``auto`` takes DALI where it can be imported.
 
-    threads: CPU threads of DALI. device_id: decode on that GPU (DALI only; the result then lies there). Raises
-    UserError where ``dali`` is asked for and not installed.
+    threads: CPU threads of DALI. Raises UserError where ``dali`` is asked for and not installed.
     """
     one_of(backend, ("auto", "dali", "pil"), "--image-backend")
     if backend != "pil":
@@ -96,5 +93,5 @@ def image_loader(
                     " nvidia-dali-cuda120, or use --image-backend pil"
                 ) from None
         else:
-            return DaliImageLoader(vision, aspect_ratio, threads=threads, device_id=device_id)
+            return DaliImageLoader(vision, aspect_ratio, threads=threads)
     return PilImageLoader(vision, aspect_ratio)

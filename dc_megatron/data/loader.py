@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable
 
 from dc_megatron.config import DataConfig, VisionConfig
+from dc_megatron.config import image_share as share_of
 from dc_megatron.data.image_loading import ImageLoader, image_loader
 from dc_megatron.data.index import SampleIndex
 from dc_megatron.data.rows import assemble, sample_order
@@ -42,10 +43,9 @@ class MicroBatches:
 
     index: the opened SampleIndex. vision: for the pixels. micro_batch_size: rows of one batch. data_parallel_rank,
     data_parallel_size: this rank's part of every step. image_share: (rank, size) in the group that shares the images
-    of a micro-batch: of n images, with c = ceil(n / size), this one decodes [rank * c, min(n, (rank + 1) * c)) into
-    pixel_values float32 [k, 3, H, W]. decode_images=False: pixel_values is None. start_sample: samples that the whole
-    run has consumed. prefetch: batches prepared ahead; 0 prepares them in next() itself. image_threads, device_id: see
-    image_loader.
+    of a micro-batch; this rank's k images (see config.image_share) go into pixel_values float32 [k, 3, H, W].
+    decode_images=False: pixel_values is None. start_sample: samples that the whole run has consumed. prefetch: batches
+    prepared ahead; 0 prepares them in next() itself. image_threads: CPU threads of DALI.
 
     ``data_wait_seconds`` sums the time next() waited. counts["substituted_images"] counts this rank's share only. An
     exception of the background thread is raised by next(). ``close()`` ends the thread.
@@ -65,10 +65,9 @@ class MicroBatches:
         start_sample: int = 0,
         prefetch: int = 2,
         image_threads: int = 1,
-        device_id: int | None = None,
     ):
         stream = SampleStream(len(index), config.seed, config.order)
-        make_loader = _loader_factory(config, vision, image_threads, device_id) if decode_images else None
+        make_loader = _loader_factory(config, vision, image_threads) if decode_images else None
         loaders: list[ImageLoader] = []
         step = micro_batch_size * data_parallel_size
 
@@ -82,7 +81,8 @@ class MicroBatches:
                 if not loaders:
                     loaders.append(make_loader())
                 files = [os.path.join(config.image_folder, name) for sample in samples for name in sample.images]
-                batch["pixel_values"], failed = loaders[0].load(_share(files, *image_share))
+                share = share_of(len(files), *image_share)
+                batch["pixel_values"], failed = loaders[0].load(files[share.start : share.stop])
                 batch["counts"]["substituted_images"] = len(failed)
             return batch
 
@@ -157,16 +157,8 @@ class _Prefetcher:
         return False
 
 
-def _loader_factory(config: DataConfig, vision: VisionConfig, threads: int, device_id: int | None):
+def _loader_factory(config: DataConfig, vision: VisionConfig, threads: int):
     def make() -> ImageLoader:
-        return image_loader(
-            config.image_backend, vision, config.image_aspect_ratio, threads=threads, device_id=device_id
-        )
+        return image_loader(config.image_backend, vision, config.image_aspect_ratio, threads=threads)
 
     return make
-
-
-def _share(files: list[str], rank: int, size: int) -> list[str]:
-    """The part of rank ``rank`` among ``size``; the last parts may be shorter or empty."""
-    count = -(-len(files) // size)
-    return files[rank * count : (rank + 1) * count]

@@ -10,7 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
-from dc_megatron.config import LayerTable
+from dc_megatron.config import LayerTable, image_share
 from dc_megatron.model.dense_connector import DenseConnector, join_features
 from dc_megatron.model.loss_head import HeadRequest, head
 from dc_megatron.model.vision_tower import FrozenVisionTower
@@ -128,12 +128,12 @@ class DenseConnectorModel(MegatronModule):
     def image_features(self, pixels: Tensor, num_images: int) -> Tensor:
         """Features [num_images, tokens, h] of a micro-batch whose images are shared out over the tensor-parallel group.
 
-        pixels [k, 3, H, W] is this rank's share: with c = ceil(num_images / group size), images rank * c and the c - 1
-        after it, as far as there are any. Frozen features are gathered, the connector then runs on all of them on every
-        rank: its gradients are whole everywhere and need no reduction.
+        pixels [k, 3, H, W] is this rank's share (see config.image_share). Frozen features are gathered, the connector
+        then runs on all of them on every rank: its gradients are whole everywhere and need no reduction.
         """
         group = self.pg_collection.tp
-        share = -(-num_images // group.size())
+        # The first rank's is the widest; the others fill up to it.
+        share = len(image_share(num_images, 0, group.size()))
         weight = self.connector.mlp[0].weight
         with torch.no_grad():
             padded = pixels.to(weight.dtype)

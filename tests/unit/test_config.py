@@ -12,6 +12,7 @@ from dc_megatron.config import (
     LanguageConfig,
     VisionConfig,
     check_parallel_layout,
+    image_share,
     image_tokens,
     layer_table,
     nearest,
@@ -215,6 +216,20 @@ def test_a_layout_names_the_size_that_it_does_not_divide(tmp_path):
     assert str(said.value).endswith("values that do: 1, 2")
     with pytest.raises(UserError, match="3: does not divide 8 attention heads and 4 key-value heads of"):
         check_parallel_layout(narrow, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "shares"),
+    [
+        (7, 3, [[0, 1, 2], [3, 4, 5], [6]]),
+        (5, 4, [[0, 1], [2, 3], [4], []]),
+        (1, 3, [[0], [], []]),
+        (0, 2, [[], []]),
+        (4, 1, [[0, 1, 2, 3]]),
+    ],
+)
+def test_shares_of_images_follow_each_other(count, size, shares):
+    assert [list(image_share(count, rank, size)) for rank in range(size)] == shares
 
 
 def data_config(**values):
