@@ -23,7 +23,7 @@ from dc_megatron.data.conversation import render
 from dc_megatron.data.faults import RecordFault
 from dc_megatron.data.image_reference import check_header
 from dc_megatron.data.llava_json import parse_record, read_records
-from dc_megatron.data.tokenization import TextTokenizer, TokenisedSample, load_tokenizer, tokenise
+from dc_megatron.data.tokenization import TextTokenizer, TokenisedSample, check_largest_id, load_tokenizer, tokenise
 from dc_megatron.errors import UserError
 
 ROWS_PER_BATCH = 1024
@@ -57,7 +57,11 @@ Progress = Callable[[int, int], None]
 @dataclass
 class IndexSummary:
     """What an index holds. dropped counts records by reason, examples gives the first few of each; tokens are
-    positions after expansion and truncation; truncated counts kept samples that were cut."""
+    positions after expansion and truncation; truncated counts kept samples that were cut.
+
+    largest_id: the largest token id of all kept samples. kept_hash: 16 hex digits over which records were kept, in
+    their order, and their lengths. The key does not tell: it knows image files by their names only.
+    """
 
     key: str = ""
     records: int = 0
@@ -66,6 +70,8 @@ class IndexSummary:
     supervised_tokens: int = 0
     images: int = 0
     truncated: int = 0
+    largest_id: int = -1
+    kept_hash: str = ""
     dropped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
@@ -79,6 +85,7 @@ class IndexSummary:
         self.supervised_tokens += sample.supervised_tokens
         self.images += len(sample.images)
         self.truncated += sample.truncated
+        self.largest_id = max(self.largest_id, int(sample.input_ids.max()))
 
     def count_dropped(self, index: int, fault: RecordFault) -> None:
         self.dropped[fault.reason] = self.dropped.get(fault.reason, 0) + 1
@@ -88,7 +95,7 @@ class IndexSummary:
 
 
 class SampleIndex:
-    """Memory-mapped samples of a finished index: ``len()``, ``[i]`` -> TokenisedSample, ``summary``, ``lengths``."""
+    """Memory-mapped samples of a finished index: ``len()``, ``[i]`` -> TokenisedSample, ``summary``."""
 
     def __init__(self, path: str, summary: IndexSummary):
         self.summary = summary
@@ -110,11 +117,6 @@ class SampleIndex:
             identifier=batch.column("id")[row].as_py(),
             record=batch.column("record")[row].as_py(),
         )
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int32 [len(self)]: positions of every sample."""
-        return np.concatenate([batch.column("length").to_numpy() for batch in self._batches])
 
 
 def index_key(config: DataConfig) -> str:
@@ -140,8 +142,8 @@ def index_key(config: DataConfig) -> str:
 def build_index(config: DataConfig, folder: str, progress: Progress | None = None) -> IndexSummary:
     """Tokenise ``config.data_path`` into ``folder``, or return the summary at once where that has been done.
 
-    progress(done, total) is called now and then. Raises UserError for unreadable input and where more records than
-    ``config.max_bad_sample_rate`` allows are unusable, or all.
+    progress(done, total) is called now and then. Raises UserError for unreadable input, for token ids that the model
+    has not, and where more records than ``config.max_bad_sample_rate`` allows are unusable, or all.
     """
     key = index_key(config)
     summary = read_summary(folder)
@@ -150,7 +152,7 @@ def build_index(config: DataConfig, folder: str, progress: Progress | None = Non
         tokenizer = load_tokenizer(config.tokenizer_path, config.version)
         os.makedirs(folder, exist_ok=True)
         summary = _write(config, folder, key, records, tokenizer, progress or (lambda done, total: None))
-    check_bad_rate(summary, config)
+    check_summary(summary, config)
     return summary
 
 
@@ -172,8 +174,18 @@ def read_summary(folder: str) -> IndexSummary | None:
     return summary if os.path.isfile(_arrow_path(folder, summary.key)) else None
 
 
-def check_bad_rate(summary: IndexSummary, config: DataConfig) -> None:
-    """Raise UserError with counts, reasons and examples where too many records were dropped, or all."""
+def check_summary(summary: IndexSummary, config: DataConfig) -> None:
+    """Raise UserError where the index cannot be trained on: unknown token ids, too many records dropped, or all."""
+    _check_bad_rate(summary, config)
+    _check_ids(summary, config)
+
+
+def _check_ids(summary: IndexSummary, config: DataConfig) -> None:
+    check_largest_id(summary.largest_id, config.vocab_size, config.tokenizer_path, f"--data_path {config.data_path}")
+
+
+def _check_bad_rate(summary: IndexSummary, config: DataConfig) -> None:
+    """Names counts, reasons and examples of dropped records."""
     rate = summary.dropped_samples / summary.records
     if rate <= config.max_bad_sample_rate and summary.kept:
         return
@@ -216,12 +228,20 @@ def _write(
     config: DataConfig, folder: str, key: str, records: list, tokenizer: TextTokenizer, progress: Progress
 ) -> IndexSummary:
     summary = IndexSummary(key=key)
+    kept = xxhash.xxh3_64()
     temporary = _arrow_path(folder, key) + f".{platform.node()}.{os.getpid()}.tmp"
     try:
         with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             for rows in _samples(config, records, tokenizer, summary, progress):
                 writer.write_batch(_record_batch(rows))
-        check_bad_rate(summary, config)
+                kept.update(np.array([(row.record, row.length) for row in rows], dtype="<i8").tobytes())
+            summary.kept_hash = kept.hexdigest()
+        check_summary(summary, config)
+        finished = read_summary(folder)
+        if finished is not None and finished.key == key:
+            # Another node on a shared disk was faster, and others may have mapped its file already: over NFS a file
+            # that is replaced below them is a bus error.
+            return finished
         os.replace(temporary, _arrow_path(folder, key))
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -245,10 +265,11 @@ def _samples(config: DataConfig, records: list, tokenizer: TextTokenizer, summar
         except RecordFault as fault:
             summary.count_dropped(index, fault)
             if summary.dropped_samples > limit:
-                check_bad_rate(summary, config)
+                _check_bad_rate(summary, config)
         else:
             rows.append(sample)
             summary.count_kept(sample)
+            _check_ids(summary, config)
         if len(rows) == ROWS_PER_BATCH:
             yield rows
             rows = []

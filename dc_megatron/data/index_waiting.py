@@ -18,7 +18,7 @@ from dc_megatron.data.index import (
     Progress,
     SampleIndex,
     build_index,
-    check_bad_rate,
+    check_summary,
     index_key,
     open_index,
     read_summary,
@@ -112,7 +112,7 @@ def _wait(
     while True:
         summary = read_summary(folder)
         if summary is not None and summary.key == key:
-            check_bad_rate(summary, config)
+            check_summary(summary, config)
             return open_index(folder)
         status = _read_status(folder)
         # The remains of an earlier run were written before this wait, by another launch.

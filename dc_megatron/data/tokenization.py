@@ -173,6 +173,19 @@ def tokenise(
     )
 
 
+def check_largest_id(largest: int, vocab_size: int, folder: str, what: str) -> None:
+    """UserError where a token id lies beyond the model's ``vocab_size`` (0: not checked): it has no embedding.
+
+    folder: of tokenizer and model. what: the flag, and its value, that the id came from.
+    """
+    if 0 < vocab_size <= largest:
+        raise UserError(
+            f"{what}: the tokenizer in {folder} makes token id {largest} of it, and config.json there says vocab_size"
+            f" {vocab_size}, so ids go up to {vocab_size - 1}; resize the model's embeddings to its tokenizer, or give"
+            " the tokenizer that belongs to the model"
+        )
+
+
 def encode_prompt(
     tokenizer: TextTokenizer, version: str, question: str, num_images: int, tokens_per_image: int
 ) -> tuple[list[int], list[bool]]:

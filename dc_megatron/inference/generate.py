@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dc_megatron.config import image_share
 from dc_megatron.data.conversation import stop_text
 from dc_megatron.data.image_loading import image_loader
-from dc_megatron.data.tokenization import TextTokenizer, encode_prompt
+from dc_megatron.data.tokenization import TextTokenizer, check_largest_id, encode_prompt
 from dc_megatron.inference.session import Runner
 
 
@@ -58,8 +59,13 @@ def continue_prompts(
     max_new_tokens: int,
     image_backend: str = "auto",
 ) -> list[str]:
-    """As ``answer`` for prompts that are tokenised: (ids, image mask) each, and all pictures in their order."""
+    """As ``answer`` for prompts that are tokenised: (ids, image mask) each, and all pictures in their order.
+
+    Raises UserError for a token id that the model has not.
+    """
     resolved = session.resolved
+    largest = max((token for ids, _ in prompts for token in ids), default=0)
+    check_largest_id(largest, resolved.language.vocab_size, tokenizer.folder, "a question")
     rows = [_Row(list(ids), list(mask), []) for ids, mask in prompts]
     stops = _stop_ids(tokenizer, resolved.version)
     features = _features(session, files, image_backend)
@@ -89,8 +95,8 @@ def _features(session: Runner, files: Sequence[str], image_backend: str) -> Tens
     resolved = session.resolved
     loader = image_loader(image_backend, resolved.vision, resolved.image_aspect_ratio)
     group = model.pg_collection.tp
-    share = -(-len(files) // group.size())
-    pixels, _ = loader.load(files[group.rank() * share : (group.rank() + 1) * share])
+    share = image_share(len(files), group.rank(), group.size())
+    pixels, _ = loader.load(files[share.start : share.stop])
     with torch.no_grad():
         return model.image_features(pixels.to(session.device), len(files)).flatten(0, 1)
 

@@ -8,7 +8,7 @@ import tempfile
 
 import torch
 
-from dc_megatron.config import DataConfig
+from dc_megatron.config import DataConfig, image_share
 from dc_megatron.data.image_loading import image_loader
 from dc_megatron.data.index import SampleIndex
 from dc_megatron.data.index_waiting import build_or_wait
@@ -45,6 +45,7 @@ def score_file(
         order="sequential",
         image_backend=image_backend,
         max_bad_sample_rate=max_bad_sample_rate,
+        vocab_size=resolved.language.vocab_size,
     )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     folder = _meeting_folder()
@@ -119,8 +120,8 @@ def _pixels(session: Runner, config: DataConfig, samples: list, loader) -> torch
         return None
     files = [os.path.join(config.image_folder, name) for sample in samples for name in sample.images]
     group = session.unwrapped.pg_collection.tp
-    share = -(-len(files) // group.size())
-    pixels, _ = loader.load(files[group.rank() * share : (group.rank() + 1) * share])
+    share = image_share(len(files), group.rank(), group.size())
+    pixels, _ = loader.load(files[share.start : share.stop])
     return pixels
 
 

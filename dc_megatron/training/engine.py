@@ -31,7 +31,7 @@ def train(checked: run.Checked) -> None:
     _check_weights(checked)
     config = run.data_config(checked, world_size)
     index = build_or_wait(config, run.index_folder(checked.settings), local_rank, progress=_progress(local_rank))
-    plan = run.plan_hash(index.summary.key, config)
+    plan = run.plan_hash(index.summary.key, index.summary.kept_hash, config)
     run.refuse_changed_plan(checked.start, plan, checked.settings)
     words = _engine_words(checked, len(index), world_size)
     if rank == 0:

@@ -98,6 +98,7 @@ def data_config(checked: Checked, world_size: int) -> DataConfig:
         seed=settings.seed,
         image_backend=settings.image_backend,
         max_bad_sample_rate=settings.max_bad_sample_rate,
+        vocab_size=checked.language.vocab_size,
     )
 
 
@@ -112,9 +113,12 @@ def index_folder(settings: RunSettings) -> str:
     return os.path.join(cache, "dc_megatron", "index", name)
 
 
-def plan_hash(index_key: str, config: DataConfig) -> str:
-    """What the order of samples depends on, shortened: a resumed run must have the same."""
-    text = f"{index_key} {config.seed} {config.order} {config.seq_length}"
+def plan_hash(index_key: str, kept_hash: str, config: DataConfig) -> str:
+    """What the order of samples depends on, shortened: a resumed run must have the same.
+
+    kept_hash: the index summary's. A picture that came or went moves all samples behind it, under the same key.
+    """
+    text = f"{index_key} {kept_hash} {config.seed} {config.order} {config.seq_length}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from dc_megatron.data import index as index_module
 from dc_megatron.data.faults import RecordFault
 from dc_megatron.data.index import build_index, index_key, open_index
+from dc_megatron.data.tokenization import load_tokenizer
 from dc_megatron.errors import UserError
 from tests.helpers.data_files import (
     caption_records,
@@ -48,7 +50,7 @@ def test_an_index_holds_what_was_tokenised(make, tmp_path):
     assert index[6].images == ("0000.jpg", "b.jpg")
     assert [index[n].identifier for n in (0, 5, 6)] == ["caption-0", "text", "two"]
     assert [index[n].record for n in range(7)] == list(range(7))
-    assert summary.tokens == index.lengths.sum() == sum(index[n].length for n in range(7))
+    assert summary.tokens == sum(index[n].length for n in range(7))
     assert summary.supervised_tokens == sum(index[n].supervised_tokens for n in range(7))
     assert index[0].input_ids.dtype == np.int32
     with pytest.raises(IndexError):
@@ -77,10 +79,59 @@ def test_a_second_build_returns_at_once_and_a_changed_one_does_not(make, tmp_pat
     assert sorted(os.listdir(folder)) == [f"index-{changed.key}.arrow", "index.json"]
 
 
+def test_a_node_that_comes_second_on_a_shared_disk_leaves_the_first_ones_file(make, tmp_path, monkeypatch):
+    config, folder = make(caption_records(tmp_path / "images", 3)), str(tmp_path / "index")
+    arrow = os.path.join(folder, f"index-{index_key(config)}.arrow")
+    first = []
+
+    def other_node_finishes(done, total):
+        if not first:
+            with monkeypatch.context() as patch:
+                patch.setattr(index_module.platform, "node", lambda: "other-node")
+                first.append(index_module._write(config, folder, *others, lambda done, total: None))
+            first.append(os.stat(arrow).st_ino)
+
+    others = (index_key(config), index_module.read_records(config.data_path), load_tokenizer(config.tokenizer_path))
+    assert build_index(config, folder, other_node_finishes) == first[0]
+    assert os.stat(arrow).st_ino == first[1]
+    assert sorted(os.listdir(folder)) == [os.path.basename(arrow), "index.json"]
+
+
+def test_the_summary_tells_which_records_were_kept(make, tmp_path):
+    """Under one key: the pictures are not part of it."""
+    config = make(caption_records(tmp_path / "images", 3), max_bad_sample_rate=0.9)
+    whole = build_index(config, str(tmp_path / "a"))
+    assert build_index(config, str(tmp_path / "again")).kept_hash == whole.kept_hash
+    found = {whole.kept_hash}
+    for number in (0, 1):
+        picture = tmp_path / "images" / f"{number:04}.jpg"
+        picture.rename(tmp_path / "aside.jpg")
+        less = build_index(config, str(tmp_path / f"without-{number}"))
+        (tmp_path / "aside.jpg").rename(picture)
+        assert (less.key, less.kept) == (whole.key, 2)
+        found.add(less.kept_hash)
+    assert len(found) == 3
+
+
+def test_ids_beyond_the_vocabulary_are_refused(make, tmp_path, tokenizer):
+    records, folder = caption_records(tmp_path / "images", 3), str(tmp_path / "index")
+    config = make(records)
+    summary = build_index(config, folder)
+    largest = max(int(open_index(folder)[n].input_ids.max()) for n in range(3))
+    assert summary.largest_id == largest
+    assert build_index(replace(config, vocab_size=largest + 1), folder) == summary
+    too_small = replace(config, vocab_size=largest)
+    words = rf"--data_path .*data\.json: .*{tokenizer} makes token id {largest}.*vocab_size {largest}, .*resize"
+    for place in (folder, str(tmp_path / "new")):  # one that is finished, and one to build
+        with pytest.raises(UserError, match=words):
+            build_index(too_small, place)
+    assert os.listdir(tmp_path / "new") == []
+
+
 def test_the_key_follows_what_decides_the_content(make, tmp_path):
     records = caption_records(tmp_path / "images", 2)
     base = index_key(make(records))
-    assert index_key(make(records, seed=7, image_aspect_ratio="square", seq_length=500)) == base
+    assert index_key(make(records, seed=7, image_aspect_ratio="square", seq_length=500, vocab_size=9999)) == base
     assert index_key(make(records, tokens_per_image=5)) != base
     assert index_key(make(records, version="plain")) != base
     assert index_key(make(records, model_max_length=100)) != base

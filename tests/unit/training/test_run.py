@@ -102,6 +102,7 @@ def test_the_data_config_follows_model_and_flags(check, workspace):
     checked = check(mm_dense_connector_type="sti", seed=7)
     config = run.data_config(checked, 1)
     assert (config.tokens_per_image, config.seq_length, config.model_max_length) == (16 + 2 * 2, 128, 128)
+    assert config.vocab_size == checked.language.vocab_size == 1003
     assert (config.tokenizer_path, config.image_aspect_ratio, config.seed) == (workspace["llama"], "pad", 7)
 
 
@@ -117,15 +118,16 @@ def test_where_the_index_lies(check, tmp_path, monkeypatch):
 
 def test_the_plan_hash_follows_what_orders_the_samples(check):
     config = run.data_config(check(), 1)
-    first = run.plan_hash("key", config)
-    assert run.plan_hash("key", replace(config, image_folder="elsewhere")) == first
+    first = run.plan_hash("key", "kept", config)
+    assert run.plan_hash("key", "kept", replace(config, image_folder="elsewhere")) == first
     others = [
-        run.plan_hash("other key", config),
-        run.plan_hash("key", replace(config, seed=config.seed + 1)),
-        run.plan_hash("key", replace(config, order="sequential")),
-        run.plan_hash("key", replace(config, seq_length=config.seq_length * 2)),
+        run.plan_hash("other key", "kept", config),
+        run.plan_hash("key", "others kept", config),
+        run.plan_hash("key", "kept", replace(config, seed=config.seed + 1)),
+        run.plan_hash("key", "kept", replace(config, order="sequential")),
+        run.plan_hash("key", "kept", replace(config, seq_length=config.seq_length * 2)),
     ]
-    assert len({first, *others}) == 5
+    assert len({first, *others}) == 6
 
 
 def test_a_changed_plan_is_refused_only_where_the_position_counts(check):
