@@ -139,16 +139,19 @@ def keys(job: Job) -> dict[str, tuple]:
     return _sharded_entries([chunk.sharded_state_dict() for chunk in _start(job)])
 
 
-def save(job: Job, folder: str) -> dict:
-    """Save the model of ``job`` to ``folder``; seconds that it took."""
+def save(job: Job, folders: list[str]) -> list[float]:
+    """Save the model of ``job`` to each of ``folders``; the seconds that each took."""
     from megatron.core import dist_checkpointing
 
     (model,) = _start(job)
-    torch.distributed.barrier()
-    begin = time.perf_counter()
-    dist_checkpointing.save({"model": model.sharded_state_dict()}, folder)
-    torch.distributed.barrier()
-    return {"seconds": time.perf_counter() - begin}
+    seconds = []
+    for folder in folders:
+        torch.distributed.barrier()
+        begin = time.perf_counter()
+        dist_checkpointing.save({"model": model.sharded_state_dict()}, folder)
+        torch.distributed.barrier()
+        seconds.append(time.perf_counter() - begin)
+    return seconds
 
 
 def load(job: Job, folder: str) -> dict:

@@ -35,10 +35,10 @@ def job(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(workers, job, tmp_path_factory):
-    """A checkpoint written at TP2, and how long that took."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    results = workers.run(f"{WORKER}:save", 2, replace(job, tensor=2), str(folder))
-    return folder, max(result["seconds"] for result in results)
+    """A checkpoint written at TP2, and the seconds that three saves took."""
+    folders = [str(tmp_path_factory.mktemp("checkpoint")) for _ in range(3)]
+    results = workers.run(f"{WORKER}:save", 2, replace(job, tensor=2), folders)
+    return folders[0], [max(ranks) for ranks in zip(*results, strict=True)]
 
 
 def test_every_row_has_a_target_a_condition_and_a_reason(workers):
@@ -101,16 +101,16 @@ def test_checkpoint_keys_are_the_same_at_every_layout(workers, job):
         assert {k: v for k, v in keys.items() if v != first[k]} == {}, f"{name} has other shapes than TP1"
 
 
-def test_a_save_spawns_no_process_that_imports_everything_again(saved):
-    """It takes a few tenths of a second; the limit is far from both that and the 20 s and more of a spawned manager."""
-    assert saved[1] < 10
+def test_a_tiny_checkpoint_is_saved_in_under_two_seconds(saved):
+    """Without a spawned manager, which imports everything again. The best of three: other processes share the cores."""
+    assert min(saved[1]) < 2, saved[1]
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "TP2xPP2"])
 def test_a_checkpoint_loads_at_another_layout_to_the_bit(workers, job, saved, layout):
     world, sizes = LAYOUTS[layout]
     target = replace(job, **sizes)
-    results = workers.run(f"{WORKER}:load", world, target, str(saved[0]))
+    results = workers.run(f"{WORKER}:load", world, target, saved[0])
     assert all(result["tower_untouched"] for result in results)
     full = parity.merge(target, results, "parameters")
     expected = load_file(f"{job.language_folder}/model.safetensors")
