@@ -133,7 +133,7 @@ def test_the_plan_hash_follows_what_orders_the_samples(check):
 def test_a_changed_plan_is_refused_only_where_the_position_counts(check):
     settings = check().settings
     resuming = Start([], [], loads=True, resumes=True, plan_hash="old")
-    with pytest.raises(UserError, match=r"not those the checkpoint.*--load DIR --finetune"):
+    with pytest.raises(UserError, match=r"pictures found.*not those the checkpoint.*--load DIR --finetune"):
         run.refuse_changed_plan(resuming, "new", settings)
     run.refuse_changed_plan(resuming, "old", settings)
     run.refuse_changed_plan(replace(resuming, plan_hash=None), "new", settings)  # saved without a hash
