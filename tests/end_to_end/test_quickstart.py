@@ -5,11 +5,37 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+class FirstStep(threading.Thread):
+    """Notes after how many seconds the first optimizer step of ``folder``'s first stage is on file; None if never."""
+
+    def __init__(self, folder: Path):
+        super().__init__(daemon=True)
+        self.metrics = folder / "text" / "metrics.jsonl"
+        self.seconds: float | None = None
+        self._left = threading.Event()
+
+    def __enter__(self) -> FirstStep:
+        self._begin = time.monotonic()
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._left.set()
+        self.join()
+
+    def run(self) -> None:
+        while self.seconds is None and not self._left.wait(0.2):
+            if self.metrics.is_file() and self.metrics.stat().st_size:
+                self.seconds = time.monotonic() - self._begin
 
 
 def run_quickstart(folder: Path, **settings) -> tuple[dict, str]:
@@ -47,7 +73,11 @@ def test_quickstart_with_few_steps(tmp_path):
 @pytest.mark.long
 def test_quickstart_learns(tmp_path):
     folder = tmp_path / "run"
-    summary, printed = run_quickstart(folder)
+    subprocess.run(["bash", "tools/setup_env.sh"], cwd=ROOT, check=True)  # the install is not part of the launch
+    with FirstStep(folder) as first_step:
+        summary, printed = run_quickstart(folder)
+    assert first_step.seconds is not None
+    assert first_step.seconds <= 60, f"the first optimizer step came after {first_step.seconds:.0f} s"
     check_summary(summary, printed, folder)
     for stage in summary["stages"]:
         assert stage["last_loss"] < stage["first_loss"]
