@@ -17,6 +17,7 @@ from dc_megatron.inference.source import Resolved, Source
 from dc_megatron.training.run import Checked
 
 _NEW_TOKENS = 32
+_MOST_SEARCHED = 10_000  # samples; a data set that begins with so much text has no pictures shown
 
 
 class SamplePictures:
@@ -73,7 +74,7 @@ class SamplePictures:
 
 def _with_one_picture(index: SampleIndex, count: int) -> list[TokenisedSample]:
     found = []
-    for number in range(len(index)):
+    for number in range(min(len(index), _MOST_SEARCHED)):
         if len(found) == count:
             break
         sample = index[number]
