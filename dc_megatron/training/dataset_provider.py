@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from megatron.core import parallel_state
 from megatron.training import get_args
 
 from dc_megatron.config import DataConfig, VisionConfig
 from dc_megatron.data.index import SampleIndex
 from dc_megatron.data.loader import MicroBatches
+from dc_megatron.errors import UserError
 
 
 def make_dataset_provider(
     index: SampleIndex,
     config: DataConfig,
     vision: VisionConfig,
+    plan: str,
     loaders: list[MicroBatches],
     on_ready: Callable[[], object],
 ) -> Callable:
     """``train_valid_test_dataset_provider`` of ``megatron.training.pretrain``; what it makes is added to ``loaders``.
 
+    ``plan`` is this node's plan hash: nodes that found other samples are refused before the first step.
     ``on_ready`` is called last: the model is there by then, and the first step begins.
 
     Every rank reads its own rows; pixels are decoded on the first pipeline stage only, and each tensor-parallel rank
@@ -29,6 +33,7 @@ def make_dataset_provider(
 
     def provider(train_valid_test_num_samples, vp_stage: int | None = None):
         args = get_args()
+        _refuse_different_plans(plan)
         loader = MicroBatches(
             index,
             config,
@@ -51,3 +56,15 @@ def make_dataset_provider(
     # Every rank makes its own iterator; the engine broadcasts nothing.
     provider.is_distributed = True
     return provider
+
+
+def _refuse_different_plans(plan: str) -> None:
+    """UserError on every rank where the nodes do not agree about which samples there are, and in which order."""
+    plans: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(plans, plan)
+    different = [rank for rank, other in enumerate(plans) if other != plans[0]]
+    if different:
+        raise UserError(
+            f"--data_path: ranks {', '.join(map(str, different[:8]))} found other usable samples than rank 0; the data"
+            " file and the pictures must be the same on all nodes"
+        )

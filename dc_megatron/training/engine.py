@@ -182,7 +182,7 @@ def _pretrain(checked: run.Checked, args, index, config, plan: str, words: list[
     engine_hooks.install(session)
     pretrain(
         pretrain_cfg_container_from_args(args),
-        make_dataset_provider(index, config, checked.vision, loaders, on_ready=clock.lap),
+        make_dataset_provider(index, config, checked.vision, plan, loaders, on_ready=clock.lap),
         ModelType.encoder_or_decoder,
         make_forward_step(device.device(), checked.settings.loss_reduction, counts.add),
         make_model_provider(checked),

@@ -125,9 +125,9 @@ def plan_hash(index_key: str, kept_hash: str, config: DataConfig) -> str:
 def refuse_changed_plan(start: Start, current: str, settings: RunSettings) -> None:
     if start.resumes and start.plan_hash not in (None, current):
         raise UserError(
-            f"--data_path {settings.data_path}: data, pictures found, tokenizer, template, seed or lengths are not"
-            " those the checkpoint was trained with, so its position in the data means nothing here; use the same, or"
-            " take only its weights: --load DIR --finetune with another --output_dir"
+            f"--data_path {settings.data_path}: data, pictures found, tokenizer, template, seed or lengths (or how this"
+            " program reads them) are not those the checkpoint was trained with, so its position in the data means"
+            " nothing here; use the same, or take only its weights: --load DIR --finetune with another --output_dir"
         )
 
 
