@@ -142,7 +142,8 @@ def _save_hook(original: Callable, session: Session) -> Callable:
 
     def save_checkpoint(iteration, model, *args, **kwargs):
         start = session.checked.start
-        if start.resumes and start.iteration == iteration and os.path.samefile(start.folder, get_args().save):
+        own = os.path.realpath(start.folder) == os.path.realpath(get_args().save)
+        if start.resumes and start.iteration == iteration and own:
             # A finished run that was started again has trained nothing; its checkpoint is complete already.
             return None
         if torch.distributed.get_rank() == 0:
