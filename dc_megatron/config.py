@@ -128,6 +128,17 @@ class VisionConfig:
         """Read ``config.json`` (a vision model, or a full CLIP / SigLIP whose vision part is used) of ``folder``."""
         what = f"{flag} {folder}"
         config = read_json_file(folder, "config.json", what)
+        processor = None
+        if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
+            processor = read_json_file(folder, "preprocessor_config.json", what)
+        return cls.from_config(config, what, processor, folder)
+
+    @classmethod
+    def from_config(cls, config: dict, what: str, processor: dict | None = None, path: str = "") -> VisionConfig:
+        """The same from the contents of ``config.json`` and, where there is one, ``preprocessor_config.json``.
+
+        ``what`` begins the UserError for a configuration that is no tower known here.
+        """
         model_type = config.get("model_type")
         family = {
             "clip": "clip",
@@ -143,11 +154,9 @@ class VisionConfig:
         values = dict(_VISION_DEFAULTS[family])
         values.update({k: v for k, v in config.get("vision_config", config).items() if k in values})
         mean, std = _IMAGE_STATISTICS[family]
-        if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
-            processor = read_json_file(folder, "preprocessor_config.json", what)
-            mean = tuple(processor.get("image_mean", mean))
-            std = tuple(processor.get("image_std", std))
-        return cls(family=family, image_mean=mean, image_std=std, path=folder, **values)
+        mean = tuple((processor or {}).get("image_mean", mean))
+        std = tuple((processor or {}).get("image_std", std))
+        return cls(family=family, image_mean=mean, image_std=std, path=path, **values)
 
 
 @dataclass(frozen=True)
@@ -259,7 +268,11 @@ class LanguageConfig:
     def from_folder(cls, folder: str, flag: str = "--model_name_or_path") -> LanguageConfig:
         """Read ``config.json`` of ``folder``; what this program cannot train is refused with the reason."""
         what = f"{flag} {folder}"
-        config = read_json_file(folder, "config.json", what)
+        return cls.from_config(read_json_file(folder, "config.json", what), what, folder)
+
+    @classmethod
+    def from_config(cls, config: dict, what: str, path: str = "") -> LanguageConfig:
+        """The same from the content of ``config.json``; ``what`` begins the UserError."""
         model_type = config.get("model_type")
         if model_type not in ("llama", "mistral"):
             raise UserError(
@@ -288,7 +301,7 @@ class LanguageConfig:
                 tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
                 max_position_embeddings=config.get("max_position_embeddings", 2048),
                 sliding_window=config.get("sliding_window"),
-                path=folder,
+                path=path,
             )
         except KeyError as missing:
             raise UserError(f"{what}: config.json has no {missing}") from None
