@@ -13,6 +13,7 @@ from dc_megatron.config import ConnectorConfig, VisionConfig, layer_table
 from dc_megatron.errors import UserError
 from dc_megatron.weights.names import refuse_wrong_names, refuse_wrong_shape
 from dc_megatron.weights.safetensors_files import open_checkpoint
+from dc_megatron.weights.tensor_reader import TensorReader
 
 # Levels in front of the tower's own names, as LLaVA, transformers and older transformers write them.
 _PREFIX = re.compile(r"^(model\.)?(vision_tower\.){0,2}(vision_model\.)?")
@@ -35,26 +36,36 @@ def vision_state_dict(
     pooling head of SigLIP is never returned. dtype as on file; tensors may share memory with the files. UserError:
     names missing or left over, shapes other than those of ``vision``.
     """
-    what = f"{flag} {folder}"
     checkpoint = open_checkpoint(folder, flag)
-    names = {}
-    for name in checkpoint.names():
+    names = tower_names(checkpoint, checkpoint.names(), vision, connector, f"{flag} {folder}")
+    return {key: checkpoint.read(name) for key, name in names.items()}
+
+
+def tower_names(
+    reader: TensorReader, names: list[str], vision: VisionConfig, connector: ConnectorConfig | None, what: str
+) -> dict[str, str]:
+    """The tower's own key -> name in ``reader``, for those of ``names`` that are of a tower.
+
+    What must be there is said at ``vision_state_dict``; UserError that begins with ``what`` where it is not so.
+    """
+    found = {}
+    for name in names:
         if not _DROPPED.fullmatch(name):
             key = _PREFIX.sub("", name)
-            if key in names:
-                raise UserError(f"{what}: {names[key]} and {name} are the same weight of the tower; give one tower")
-            names[key] = name
+            if key in found:
+                raise UserError(f"{what}: {found[key]} and {name} are the same weight of the tower; give one tower")
+            found[key] = name
     known = vision_shapes(vision)
     required = _required(vision, connector, known)
     refuse_wrong_names(
         what,
-        required - names.keys(),
-        [name for key, name in names.items() if key not in known],
+        required - found.keys(),
+        [name for key, name in found.items() if key not in known],
         "config.json and weights are of different towers, or the folder is incomplete",
     )
-    for key, name in names.items():
-        refuse_wrong_shape(what, name, checkpoint.shape(name), known[key])
-    return {key: checkpoint.read(name) for key, name in names.items()}
+    for key, name in found.items():
+        refuse_wrong_shape(what, name, reader.shape(name), known[key])
+    return found
 
 
 def vision_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
