@@ -1,15 +1,20 @@
 """Files that are whole or not there: written under a temporary name, flushed to disk, hashed on the way, then renamed.
 
-Every write, flush and rename of a conversion or of a manifest goes through ``write_all``, ``flush_file``,
-``flush_folder`` and ``rename``, so that a test can stop the program at each of them.
+Every write, flush and rename of a conversion, of a save beside the engine's own files, and of a manifest goes through
+``write_all``, ``flush_file``, ``flush_folder``, ``rename`` and ``exchange``, so that a test can stop the program at
+each of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
 import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import xxhash
@@ -56,6 +61,26 @@ def rename(source: str, target: str) -> None:
     flush_folder(os.path.dirname(os.path.abspath(target)))
 
 
+def exchange(one: str, other: str) -> bool:
+    """Let two existing names change places in one step, and wait until that is on disk.
+
+    False, and nothing has happened, where the file system cannot do that (network disks, mostly).
+    """
+    at_working_folder, exchange_names = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    if renameat2(at_working_folder, names[0], at_working_folder, names[1], exchange_names):
+        number = ctypes.get_errno()
+        if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            return False
+        raise OSError(number, os.strerror(number), one, None, other)
+    for folder in {os.path.dirname(os.path.abspath(name)) for name in (one, other)}:
+        flush_folder(folder)
+    return True
+
+
 class HashedFile:
     """A file written from its start to its end, hashed on the way. As a context it is closed without being finished."""
 
@@ -97,21 +122,34 @@ class HashedFile:
 def write_file(path: str, data: bytes) -> Digest:
     """Write a small file so that a reader sees the old one or the whole new one, also after a power cut."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    with HashedFile(temporary) as file:
-        file.write(data)
-        digest = file.finish()
-    rename(temporary, path)
+    try:
+        with HashedFile(temporary) as file:
+            file.write(data)
+            digest = file.finish()
+        rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
     return digest
 
 
-def hash_file(path: str) -> Digest:
-    """Digest of a file on disk, read once in blocks."""
+def hash_file(path: str, progress: Callable[[int], object] | None = None, flush: bool = False) -> Digest:
+    """Digest of a file on disk, read once in blocks. ``progress`` is told the bytes of each block.
+
+    ``flush``: wait as well until what others wrote into it is on disk.
+    """
     digest, size = xxhash.xxh3_64(), 0
-    buffer = memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as file:
+        # A small file needs no large buffer, and most files of a checkpoint folder are small.
+        buffer = memoryview(bytearray(min(_BLOCK, os.fstat(file.fileno()).st_size + 1)))
+        if flush:
+            flush_file(file.fileno())
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             size += count
+            if progress is not None:
+                progress(count)
     return Digest(size, digest.hexdigest())
 
 
@@ -119,36 +157,67 @@ class PartialFolder:
     """A folder that appears under its name only when it is whole, by one rename of ``FOLDER.partial``.
 
     ``plan`` says what is being made of what, in bytes that change when either does. An earlier attempt at the same plan
-    goes on: files that it finished, by its journal, are kept; everything else in it is removed. UserError: the folder
-    exists and is not empty, or another process is at work on it.
+    goes on: files that it finished, by its journal, are kept; everything else in it is removed. As a context it leaves
+    the attempt for a later one where ``finish`` was not called. UserError: the folder exists and is not empty, or
+    another process is at work on it.
     """
 
     def __init__(self, folder: str, plan: str, flag: str = "--save"):
         self.folder = os.path.abspath(folder)
         self.path = self.folder + ".partial"
         self._what = f"{flag} {folder}"
-        if os.path.lexists(self.folder) and not (os.path.isdir(self.folder) and not os.listdir(self.folder)):
-            raise UserError(f"{self._what}: is there already; nothing is overwritten: give a new or empty folder")
+        self._refuse_existing()
         os.makedirs(self.path, exist_ok=True)
         self._lock = self._take_lock()
         self.finished: dict[str, Digest] = {}
         self.notes: dict[str, object] = {}
-        if not self._take_up(plan):
-            self._empty(keep=())
-            self._journal = HashedFile(self._inside(_JOURNAL))
-            self._note({"plan": plan})
+        self._journal: HashedFile | None = None
+        try:
+            self._refuse_existing()
+            if not self._take_up(plan):
+                self._empty(keep=())
+                self._journal = HashedFile(self._inside(_JOURNAL))
+                self._note({"plan": plan})
+        except BaseException:
+            self.close()
+            raise
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self.folder) and not (os.path.isdir(self.folder) and not os.listdir(self.folder)):
+            raise UserError(f"{self._what}: is there already; nothing is overwritten: give a new or empty folder")
 
     def _inside(self, name: str) -> str:
         return os.path.join(self.path, name)
 
     def _take_lock(self) -> int:
-        descriptor = os.open(self._inside(_LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        busy = UserError(f"{self._what}: another process is writing {self.path}; wait for it")
+        try:
+            descriptor = os.open(self._inside(_LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            raise busy from None  # it gave the folder its name just now
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A lock on a file that its owner has removed meanwhile keeps nobody out.
+            if not os.path.samestat(os.fstat(descriptor), os.stat(self._inside(_LOCK))):
+                raise BlockingIOError
         except OSError:
             os.close(descriptor)
-            raise UserError(f"{self._what}: another process is writing {self.path}; wait for it") from None
+            raise busy from None
         return descriptor
+
+    def close(self) -> None:
+        """Let go of the folder; what is finished in it waits for the next attempt."""
+        if self._journal is not None:
+            self._journal.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> PartialFolder:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
 
     def _take_up(self, plan: str) -> bool:
         """Whether an earlier attempt at the same plan is here; its finished files are then known."""
@@ -160,9 +229,10 @@ class PartialFolder:
             if entries[0] != {"plan": plan}:
                 return False
             for entry in entries[1:]:
-                if os.path.getsize(self._inside(entry["file"])) == entry["size"]:
-                    self.finished[entry["file"]] = Digest(entry["size"], entry["xxh3_64"])
-                    self.notes[entry["file"]] = entry["note"]
+                name, digest = entry["file"], Digest(entry["size"], entry["xxh3_64"])
+                path = self._inside(name)
+                if os.path.isfile(path) and os.path.getsize(path) == digest.size:
+                    self.finished[name], self.notes[name] = digest, entry["note"]
         except (OSError, ValueError, LookupError, TypeError):
             self.finished, self.notes = {}, {}
             return False
@@ -241,4 +311,4 @@ class PartialFolder:
         for parent, _, _ in os.walk(self.path):
             flush_folder(parent)
         rename(self.path, self.folder)
-        os.close(self._lock)
+        self.close()

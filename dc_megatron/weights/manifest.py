@@ -29,6 +29,7 @@ class Manifest:
 
 def manifest_bytes(content: Mapping, files: Mapping[str, Digest]) -> bytes:
     """The one way to write this content: a changed byte anywhere can be told."""
+    assert not {"files", _OWN_HASH} & set(content), "these two names are the manifest's own"
     listed = {name: {"size": files[name].size, "xxh3_64": files[name].xxh3_64} for name in sorted(files)}
     text = json.dumps({**content, "files": listed}, indent=1)
     own = xxhash.xxh3_64_hexdigest(text.encode())
@@ -69,26 +70,31 @@ def _parse(data: bytes) -> Manifest | None:
         content = json.loads(data)
         own = content.pop(_OWN_HASH)
         files = {name: Digest(entry["size"], entry["xxh3_64"]) for name, entry in content.pop("files").items()}
-        if any(os.path.isabs(name) or ".." in name.split("/") for name in files):
+        if not all(_is_inside(name) and type(digest.size) is int for name, digest in files.items()):
             return None
         # Bytes, not meaning: a blank that became a tab is damage as well.
         return Manifest(content, files) if own and manifest_bytes(content, files) == data else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
+def _is_inside(name: str) -> bool:
+    """Whether ``name`` can only mean a file below the folder that the manifest lies in."""
+    return bool(name) and not os.path.isabs(name) and ".." not in name.split("/") and "\0" not in name
+
+
 def damaged_files(
-    folder: str, manifest: Manifest, names: list[str] | None = None, progress: Callable[[int], None] | None = None
+    folder: str, manifest: Manifest, names: list[str] | None = None, progress: Callable[[int], object] | None = None
 ) -> list[str]:
     """What of ``names`` (default: all) is not as the manifest says, read byte by byte: one line a file, with its name.
 
-    ``progress`` is told the bytes of each file when it is done.
+    ``progress`` is told the bytes of each block that was read.
     """
     found = []
     for name in sorted(manifest.files) if names is None else names:
         expected = manifest.files[name]
         try:
-            digest = hash_file(os.path.join(folder, name))
+            digest = hash_file(os.path.join(folder, name), progress)
         except OSError as error:
             found.append(f"{name} cannot be read ({error.strerror})")
             continue
@@ -96,6 +102,4 @@ def damaged_files(
             found.append(f"{name} has {digest.size} bytes instead of {expected.size}")
         elif digest != expected:
             found.append(f"{name} is damaged: its bytes are not those that were written (xxh3 {digest.xxh3_64})")
-        if progress is not None:
-            progress(digest.size)
     return found
