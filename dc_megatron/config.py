@@ -50,6 +50,44 @@ _IMAGE_STATISTICS = {
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 
+# The same for language models (transformers 5.17 LlamaConfig / MistralConfig / Qwen2Config): a configuration nested in
+# another, as in LLaVA folders, leaves out whatever equals these.
+_LANGUAGE_DEFAULTS = {
+    "llama": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,  # as many as attention heads
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 151936,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+}
+
 # (family, layers of the tower) -> the two lower layers of STI and SCI. Indices count HF hidden_states, 0 is the
 # encoder's input. The first and fourth rows are the original's; the others sit at 1/3 and 2/3 of the depth likewise.
 _SPARSE_LAYERS = {
@@ -262,6 +300,8 @@ class LanguageConfig:
     max_position_embeddings: int
     # Positions that attention looks back where the model was trained so (Mistral 7B v0.1); None means all.
     sliding_window: int | None = None
+    # Biases on queries, keys and values, and on nothing else (Qwen2).
+    qkv_bias: bool = False
     path: str = ""
 
     @classmethod
@@ -274,37 +314,52 @@ class LanguageConfig:
     def from_config(cls, config: dict, what: str, path: str = "") -> LanguageConfig:
         """The same from the content of ``config.json``; ``what`` begins the UserError."""
         model_type = config.get("model_type")
-        if model_type not in ("llama", "mistral"):
+        if model_type not in _LANGUAGE_DEFAULTS:
             raise UserError(
-                f"{what}: config.json says model_type '{model_type}'; available: llama (Llama 2/3/3.1, Vicuna, Yi)"
-                " and mistral"
+                f"{what}: config.json says model_type '{model_type}'; available: llama (Llama 2/3/3.1, Vicuna, Yi),"
+                " mistral and qwen2 (Qwen2, Qwen2.5)"
             )
-        for key in ("attention_bias", "mlp_bias"):
+        # Qwen2 has biases on queries, keys and values whatever config.json says; Llama's flags mean other ones.
+        for key in () if model_type == "qwen2" else ("attention_bias", "mlp_bias"):
             if config.get(key):
                 raise UserError(f"{what}: config.json says {key} true, which is not available yet")
         if config.get("hidden_act", "silu") != "silu":
             raise UserError(f"{what}: config.json says hidden_act '{config['hidden_act']}'; only silu is available")
-        try:
-            heads = config["num_attention_heads"]
-            return cls(
-                model_type=model_type,
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_hidden_layers=config["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or (8 if model_type == "mistral" else heads),
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                vocab_size=config["vocab_size"],
-                rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-                rope_theta=_rope_theta(config),
-                rope_scaling_factor=_rope_scaling_factor(config, what),
-                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-                max_position_embeddings=config.get("max_position_embeddings", 2048),
-                sliding_window=config.get("sliding_window"),
-                path=path,
-            )
-        except KeyError as missing:
-            raise UserError(f"{what}: config.json has no {missing}") from None
+        values = {**_LANGUAGE_DEFAULTS[model_type], **config}
+        heads = values["num_attention_heads"]
+        return cls(
+            model_type=model_type,
+            hidden_size=values["hidden_size"],
+            intermediate_size=values["intermediate_size"],
+            num_hidden_layers=values["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=values["num_key_value_heads"] or heads,
+            head_dim=config.get("head_dim") or values["hidden_size"] // heads,
+            vocab_size=values["vocab_size"],
+            rms_norm_eps=values["rms_norm_eps"],
+            rope_theta=_rope_theta(config),
+            rope_scaling_factor=_rope_scaling_factor(config, what),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_position_embeddings=values["max_position_embeddings"],
+            sliding_window=_sliding_window(model_type, values),
+            qkv_bias=model_type == "qwen2",
+            path=path,
+        )
+
+
+def _sliding_window(model_type: str, values: dict) -> int | None:
+    """The positions that any layer looks back at most; None where all layers look back to the start.
+
+    Qwen2 names a window in every config.json, and uses it where ``use_sliding_window`` says so and from layer
+    ``max_window_layers`` on (or where ``layer_types`` says so).
+    """
+    if model_type != "qwen2":
+        return values.get("sliding_window")
+    if not values.get("use_sliding_window"):
+        return None
+    kinds = values.get("layer_types")
+    sliding = "sliding_attention" in kinds if kinds else values["max_window_layers"] < values["num_hidden_layers"]
+    return values["sliding_window"] if sliding else None
 
 
 def _rope_parameters(config: dict) -> dict:

@@ -51,6 +51,7 @@ def transformer_config(language: LanguageConfig, layout: Layout) -> TransformerC
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=language.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=layout.transformer_engine,

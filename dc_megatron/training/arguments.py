@@ -256,6 +256,8 @@ def _shape(language: LanguageConfig, settings: RunSettings) -> dict[str, list[st
     }
     if language.num_key_value_heads != language.num_attention_heads:
         rows |= {"--group-query-attention": None, "--num-query-groups": language.num_key_value_heads}
+    if language.qkv_bias:
+        rows["--add-qkv-bias"] = None
     if not language.tie_word_embeddings:
         rows["--untie-embeddings-and-output-weights"] = None
     if language.rope_scaling_factor is not None:

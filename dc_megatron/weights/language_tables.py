@@ -1,7 +1,7 @@
-"""The weights table of the Llama family (Llama 2/3/3.1, Vicuna, Yi, Mistral): one row a parameter, both directions.
+"""The weights table of the Llama family (Llama 2/3/3.1, Vicuna, Yi, Mistral, Qwen2): one row a parameter, both ways.
 
 Layouts are those of megatron-core 0.19 (`GPTModel`) and of transformers 5 (`LlamaForCausalLM`,
-`MistralForCausalLM`); rotary weights need no permutation between the two.
+`MistralForCausalLM`, `Qwen2ForCausalLM`); rotary weights need no permutation between the two.
 """
 
 from __future__ import annotations
@@ -41,45 +41,55 @@ def language_table(language: LanguageConfig, padded_vocab_size: int) -> tuple[Ru
 def _layer_rows(language: LanguageConfig) -> tuple[Rule, ...]:
     hidden, inner = language.hidden_size, language.intermediate_size
     queries = language.num_attention_heads * language.head_dim
-    keys = language.num_key_value_heads * language.head_dim
-
-    def layer(name: str, *shape: int) -> Source:
-        return Source(f"model.layers.{{layer}}.{name}.weight", shape)
-
-    def key(name: str) -> str:
-        return f"decoder.layers.{{layer}}.{name}"
-
     return (
         Rule(
-            key("input_layernorm.weight"),
+            _key("input_layernorm.weight"),
             "copy",
-            (layer("input_layernorm", hidden),),
-            other_keys=(key("self_attention.linear_qkv.layer_norm_weight"),),
+            (_source("input_layernorm.weight", hidden),),
+            other_keys=(_key("self_attention.linear_qkv.layer_norm_weight"),),
+        ),
+        _fused_rule(language, "weight", hidden),
+        *([_fused_rule(language, "bias")] if language.qkv_bias else ()),
+        Rule(
+            _key("self_attention.linear_proj.weight"), "columns", (_source("self_attn.o_proj.weight", hidden, queries),)
         ),
         Rule(
-            key("self_attention.linear_qkv.weight"),
-            "qkv",
-            (
-                layer("self_attn.q_proj", queries, hidden),
-                layer("self_attn.k_proj", keys, hidden),
-                layer("self_attn.v_proj", keys, hidden),
-            ),
-            groups=language.num_key_value_heads,
-        ),
-        Rule(key("self_attention.linear_proj.weight"), "columns", (layer("self_attn.o_proj", hidden, queries),)),
-        Rule(
-            key("pre_mlp_layernorm.weight"),
+            _key("pre_mlp_layernorm.weight"),
             "copy",
-            (layer("post_attention_layernorm", hidden),),
-            other_keys=(key("mlp.linear_fc1.layer_norm_weight"),),
+            (_source("post_attention_layernorm.weight", hidden),),
+            other_keys=(_key("mlp.linear_fc1.layer_norm_weight"),),
         ),
         Rule(
-            key("mlp.linear_fc1.weight"),
+            _key("mlp.linear_fc1.weight"),
             "gate_up",
-            (layer("mlp.gate_proj", inner, hidden), layer("mlp.up_proj", inner, hidden)),
+            (_source("mlp.gate_proj.weight", inner, hidden), _source("mlp.up_proj.weight", inner, hidden)),
         ),
-        Rule(key("mlp.linear_fc2.weight"), "columns", (layer("mlp.down_proj", hidden, inner),)),
+        Rule(_key("mlp.linear_fc2.weight"), "columns", (_source("mlp.down_proj.weight", hidden, inner),)),
     )
+
+
+def _fused_rule(language: LanguageConfig, part: str, *width: int) -> Rule:
+    """Weight ([rows, width]) or bias ([rows]) of the linear that makes queries, keys and values at once."""
+    queries = language.num_attention_heads * language.head_dim
+    keys = language.num_key_value_heads * language.head_dim
+    return Rule(
+        _key(f"self_attention.linear_qkv.{part}"),
+        "qkv",
+        (
+            _source(f"self_attn.q_proj.{part}", queries, *width),
+            _source(f"self_attn.k_proj.{part}", keys, *width),
+            _source(f"self_attn.v_proj.{part}", keys, *width),
+        ),
+        groups=language.num_key_value_heads,
+    )
+
+
+def _source(name: str, *shape: int) -> Source:
+    return Source(f"model.layers.{{layer}}.{name}", shape)
+
+
+def _key(name: str) -> str:
+    return f"decoder.layers.{{layer}}.{name}"
 
 
 def find_rule(table: tuple[Rule, ...], megatron_name: str) -> tuple[Rule, int | None]:

@@ -21,6 +21,8 @@ from transformers import (
     MistralForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     SiglipConfig,
     SiglipModel,
     SiglipVisionConfig,
@@ -99,6 +101,26 @@ def tiny_mistral(folder, *, seed: int = 0, **overrides) -> str:
     return _save(MistralForCausalLM, MistralConfig(**{**values, **overrides}), folder, seed)
 
 
+def tiny_qwen2(folder, *, seed: int = 0, **overrides) -> str:
+    """A Qwen2 with grouped key-value heads: biases on queries, keys and values, a window that is named but not used."""
+    values = {
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 96,
+        "vocab_size": 256,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "use_sliding_window": False,
+        "sliding_window": 32768,
+        "max_window_layers": 2,
+    }
+    return _save(Qwen2ForCausalLM, Qwen2Config(**{**values, **overrides}), folder, seed)
+
+
 def tiny_clip(folder, *, layers: int = 6, hidden: int = 32, image_size: int = 28, seed: int = 0) -> str:
     """A CLIP vision tower: 16 patches (by default) and the CLS token."""
     return _save(CLIPVisionModel, _clip_config(layers, hidden, image_size), folder, seed)
@@ -135,6 +157,8 @@ LANGUAGE_MAKERS = {
     "llama3_rope": lambda folder: tiny_llama(folder, rope_factor=8.0),
     "llama_odd_vocabulary": lambda folder: tiny_llama(folder, vocab=ODD_VOCABULARY),
     "mistral": tiny_mistral,
+    "qwen2": tiny_qwen2,
+    "qwen2_tied": lambda folder: tiny_qwen2(folder, tie_word_embeddings=True, vocab_size=ODD_VOCABULARY),
 }
 VISION_MAKERS = {
     "clip": tiny_clip,

@@ -8,7 +8,7 @@ import pytest
 
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
 from dc_megatron.reference.model import ReferenceModel
-from tests.helpers.tiny_models import tiny_clip, tiny_llama, tiny_siglip
+from tests.helpers.tiny_models import tiny_clip, tiny_llama, tiny_qwen2, tiny_siglip
 from tests.multirank import parity
 from tests.multirank.job import Job
 
@@ -38,6 +38,8 @@ def folders(tmp_path_factory):
     return {
         "llama": tiny_llama(root / "llama", vocab=1003),
         "tied": tiny_llama(root / "tied", vocab=1003, tied=True, rope_factor=8.0, layers=2),
+        "qwen2": tiny_qwen2(root / "qwen2", vocab_size=1003, num_hidden_layers=2),
+        "tied qwen2": tiny_qwen2(root / "tied_qwen2", vocab_size=1003, num_hidden_layers=2, tie_word_embeddings=True),
         "clip": tiny_clip(root / "clip"),
         "siglip": tiny_siglip(root / "siglip"),
     }
@@ -102,6 +104,15 @@ def test_every_connector_and_tower_at_tp2(workers, folders, connector, tower):
 def test_tied_head_and_llama3_rope(workers, folders, layout):
     job = make_job(folders, language="tied", **layout)
     assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
+
+
+@pytest.mark.parametrize("language", ["qwen2", "tied qwen2"])
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "TP2+SP"])
+def test_biases_on_queries_keys_and_values(workers, folders, layout, language):
+    job = make_job(folders, language=language, **LAYOUTS[layout])
+    reference = parity.run_reference(job)
+    assert any(name.endswith("k_proj.bias") for name in reference["gradients"])
+    assert_first_step_equal(job, workers.run(TRAIN, WORLD[layout], job), reference)
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["TP2", "PP2", "DP2"])

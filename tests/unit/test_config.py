@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from dc_megatron.config import (
     ConnectorConfig,
@@ -156,6 +158,46 @@ def test_language_model_with_defaults(tmp_path):
     assert language.path == str(tmp_path)
 
 
+@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config])
+@pytest.mark.parametrize("given", [{}, {"num_attention_heads": 16, "hidden_size": 2048}], ids=["nothing", "some"])
+def test_what_a_configuration_leaves_out_is_the_default_of_transformers(config_class, given):
+    """A configuration inside another, as in LLaVA folders, says only what differs."""
+    language = LanguageConfig.from_config({"model_type": config_class.model_type, **given}, "config")
+    expected = config_class(**given).to_dict()
+    names = [f.name for f in fields(LanguageConfig) if f.name in expected and f.name != "head_dim"]
+    assert {name: getattr(language, name) for name in names} == {name: expected[name] for name in names}
+    assert "sliding_window" in names or config_class is LlamaConfig
+    assert language.head_dim == 128
+    assert language.rope_theta == expected["rope_parameters"]["rope_theta"]
+
+
+QWEN2 = {**LLAMA, "model_type": "qwen2", "sliding_window": 4096, "max_window_layers": 2, "rope_theta": 1e6}
+
+
+def test_qwen2_has_biases_and_a_window_that_is_not_used():
+    language = LanguageConfig.from_config({**QWEN2, "use_sliding_window": False}, "config")
+    assert language.qkv_bias
+    assert (language.sliding_window, language.rope_theta, language.head_dim) == (None, 1e6, 8)
+    assert not LanguageConfig.from_config(LLAMA, "config").qkv_bias
+
+
+@pytest.mark.parametrize(
+    ("change", "window"),
+    [
+        ({"max_window_layers": 2}, 4096),
+        ({"max_window_layers": 4}, None),
+        ({"layer_types": ["full_attention"] * 4}, None),
+        ({"max_window_layers": 4, "layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, 4096),
+    ],
+    ids=["upper layers", "no layer", "types without", "types with"],
+)
+def test_a_window_counts_where_a_layer_of_qwen2_uses_it(change, window):
+    language = LanguageConfig.from_config({**QWEN2, "use_sliding_window": True, **change}, "config")
+    assert language.sliding_window == window
+    theirs = Qwen2Config(**{**QWEN2, "use_sliding_window": True, **change})
+    assert ("sliding_attention" in theirs.layer_types) == (window is not None)
+
+
 @pytest.mark.parametrize(
     "rope",
     [
@@ -171,11 +213,12 @@ def test_llama3_scaling_in_both_spellings(rope, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen2"}, "model_type 'qwen2'"),
+        ({"model_type": "phi3"}, "model_type 'phi3'; available: llama .*, mistral and qwen2"),
         ({"attention_bias": True}, "attention_bias true"),
         ({"mlp_bias": True}, "mlp_bias true"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear'"),
+        ({"model_type": "qwen2", "rope_scaling": {"type": "yarn", "factor": 4}}, "rope type 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 2}}, "low_freq_factor 2"),
     ],
 )
@@ -193,8 +236,6 @@ def test_folders_that_hold_no_configuration(tmp_path):
         LanguageConfig.from_folder(write_config(tmp_path, "{"))
     with pytest.raises(UserError, match="holds a list, not an object"):
         LanguageConfig.from_folder(write_config(tmp_path, "[]"))
-    with pytest.raises(UserError, match=r"config\.json has no 'vocab_size'"):
-        LanguageConfig.from_folder(write_config(tmp_path, {k: v for k, v in LLAMA.items() if k != "vocab_size"}))
 
 
 def test_layouts_that_do_not_divide_name_those_that_do(tmp_path):

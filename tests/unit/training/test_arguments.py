@@ -139,6 +139,8 @@ def test_shape_comes_from_the_config():
     assert (got["--num-layers"], got["--kv-channels"], got["--num-query-groups"]) == ("4", "16", "2")
     assert (got["--rotary-base"], got["--rope-scaling-factor"]) == ("500000", "8.0")
     assert "--untie-embeddings-and-output-weights" in got
+    assert "--add-qkv-bias" not in got
+    assert "--add-qkv-bias" in options(shape("", replace(LLAMA, qkv_bias=True)))
     plain = replace(LLAMA, num_key_value_heads=8, tie_word_embeddings=True, rope_scaling_factor=None)
     assert not {"--num-query-groups", "--untie-embeddings-and-output-weights", "--use-rope-scaling"} & set(
         options(shape("", plain))
@@ -163,6 +165,7 @@ def test_shape_flags_that_agree_are_accepted(line):
         ("--hidden_size 65", ["--hidden-size 65", "64"]),
         ("--normalization LayerNorm", ["--normalization LayerNorm", "RMSNorm"]),
         ("--qk-layernorm", ["--qk-layernorm", "config.json of tiny"]),
+        ("--add-qkv-bias", ["--add-qkv-bias", "config.json of tiny"]),
         ("--tensor-model-parallel-size 4", ["4", "2 key-value heads", "1, 2"]),
         ("--pipeline-model-parallel-size 3", ["3", "4 layers", "1, 2, 4"]),
     ],

@@ -6,6 +6,7 @@ import torch
 from dc_megatron.weights.rules import Rule, Source, read_shard, shard_shape, to_hugging_face
 
 QKV = Rule("qkv", "qkv", (Source("q", (4, 2)), Source("k", (2, 2)), Source("v", (2, 2))), groups=2)
+QKV_BIAS = Rule("bias", "qkv", (Source("q1", (4,)), Source("k1", (2,)), Source("v1", (2,))), groups=2)
 GATE_UP = Rule("fc1", "gate_up", (Source("gate", (4, 2)), Source("up", (4, 2))))
 VOCAB = Rule("words", "vocab", (Source("embed", (5, 2)),), padded_rows=8)
 COLUMNS = Rule("fc2", "columns", (Source("down", (2, 4)),))
@@ -21,6 +22,9 @@ FILES = {
     "q": rows(0, 1, 2, 3),
     "k": rows(10, 11),
     "v": rows(20, 21),
+    "q1": torch.tensor([0.0, 1, 2, 3]),
+    "k1": torch.tensor([10.0, 11]),
+    "v1": torch.tensor([20.0, 21]),
     "gate": rows(0, 1, 2, 3),
     "up": rows(10, 11, 12, 13),
     "embed": rows(1, 2, 3, 4, 5),
@@ -40,6 +44,8 @@ def read(name, row_range, column_range):
         # Two groups of two heads (of one row each): q, q, k, v of the first group, then of the second.
         (QKV, [rows(0, 1, 10, 20, 2, 3, 11, 21)]),
         (QKV, [rows(0, 1, 10, 20), rows(2, 3, 11, 21)]),
+        (QKV_BIAS, [torch.tensor([0.0, 1, 10, 20, 2, 3, 11, 21])]),
+        (QKV_BIAS, [torch.tensor([0.0, 1, 10, 20]), torch.tensor([2.0, 3, 11, 21])]),
         (GATE_UP, [rows(0, 1, 2, 3, 10, 11, 12, 13)]),
         # Not the halves of [gate; up]: each rank has its own part of both.
         (GATE_UP, [rows(0, 1, 10, 11), rows(2, 3, 12, 13)]),
