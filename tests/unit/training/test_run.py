@@ -57,6 +57,11 @@ def test_a_sliding_window_shorter_than_the_samples_is_refused(check, language_fo
     assert check(model_name_or_path=folder, model_max_length=64).language.sliding_window == 64
 
 
+def test_a_qwen2_folder_is_taken_with_its_unused_window(check, language_folder):
+    folder = language_folder(model_type="qwen2", sliding_window=64, use_sliding_window=False)
+    assert check(model_name_or_path=folder).language.qkv_bias
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
