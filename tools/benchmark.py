@@ -1,0 +1,123 @@
+#!/usr/bin/env python
+"""Measures this program on this machine: one sub-command a benchmark, see benchmarks/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+EXAMPLE = """\
+examples:
+  python tools/benchmark.py conversion --shape 7b --folder scratch --output benchmarks/results/conversion_7b.json
+  python tools/benchmark.py conversion --shape 70b --layers 8 --sparse --folder scratch
+  python tools/benchmark.py direct-load --shape 7b --folder scratch --tensor-parallel 2
+  python tools/benchmark.py conversion --help
+"""
+
+
+def run_conversion(options: argparse.Namespace) -> tuple[dict, str]:
+    from dc_megatron.benchmark.conversion import as_text, benchmark_conversion
+
+    result = benchmark_conversion(
+        options.shape,
+        options.folder,
+        runs=options.runs,
+        layers=options.layers,
+        sparse=options.sparse,
+        verify="verify" in options.include,
+        keep=options.keep,
+        whole_cache=options.page_cache == "all",
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    return result, as_text(result)
+
+
+def run_direct_load(options: argparse.Namespace) -> tuple[dict, str]:
+    from dc_megatron.benchmark.direct_load import as_text, benchmark_direct_load
+
+    result = benchmark_direct_load(
+        options.shape,
+        options.folder,
+        options.tensor_parallel,
+        layers=options.layers,
+        keep=options.keep,
+        whole_cache=options.page_cache == "all",
+    )
+    return result, as_text(result)
+
+
+def add_conversion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="rounds (default: 3)")
+    parser.add_argument("--sparse", action="store_true", help="a source without content; no baseline, memory only")
+    parser.add_argument("--include", action="append", default=[], choices=["verify"], help="a further step")
+
+
+def add_direct_load(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tensor-parallel", type=int, default=2, metavar="N", help="ranks (default: 2)")
+
+
+# name -> (what it measures, its flags, its function)
+BENCHMARKS = {
+    "conversion": ("import and export of a checkpoint against cp and sync", add_conversion, run_conversion),
+    "direct-load": ("bytes that a rank reads of a Hugging Face folder", add_direct_load, run_direct_load),
+}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    look = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, **look)
+    commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    for name, (what, add_flags, _) in BENCHMARKS.items():
+        command = commands.add_parser(name, help=what, description=what, epilog=EXAMPLE, **look)
+        command.add_argument("--shape", required=True, metavar="NAME", help="7b, 70b or tiny")
+        command.add_argument("--folder", required=True, metavar="DIR", help="on the disk to measure")
+        command.add_argument("--layers", type=int, metavar="N", help="fewer layers than the real model has")
+        command.add_argument("--keep", action="store_true", help="leave the source there for the next benchmark")
+        command.add_argument(
+            "--page-cache",
+            choices=["all", "files"],
+            default="all",
+            help="what is emptied before each step: the machine's cache (root only; default), or the files' part",
+        )
+        add_flags(command)
+        command.add_argument("--output", default="", metavar="FILE", help="write the result there as JSON, too")
+        command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    return parser.parse_args(argv)
+
+
+def _refuse_unwritable(output: str) -> None:
+    """Minutes of measuring are not to end in an error of a mistyped path."""
+    from dc_megatron.errors import UserError
+
+    folder = os.path.dirname(os.path.abspath(output))
+    if output and not os.access(folder, os.W_OK):
+        raise UserError(f"--output {output}: no folder {folder} that can be written to")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
+    from dc_megatron.errors import UserError
+
+    try:
+        _refuse_unwritable(options.output)
+        result, text = BENCHMARKS[options.benchmark][2](options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result = {"command": shlex.join(["python", "tools/benchmark.py", *argv]), **result}
+    content = json.dumps(result, indent=2)
+    if options.output:
+        with open(options.output, "w", encoding="utf-8") as file:
+            file.write(content + "\n")
+    print(content if options.json else text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
