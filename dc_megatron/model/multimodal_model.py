@@ -16,6 +16,9 @@ from dc_megatron.model.loss_head import HeadRequest, head
 from dc_megatron.model.vision_tower import FrozenVisionTower
 
 TRAINABLE_PARTS = ("connector", "llm")
+# Transformer Engine's norms announce a state that never holds anything, torch's norms announce none. Left out of
+# checkpoints, so that either can load what the other saved; the state of the linears (for FP8) both have.
+_IDLE_STATE = "language_model.decoder.final_layernorm._extra_state"
 
 
 class DenseConnectorModel(MegatronModule):
@@ -42,7 +45,8 @@ class DenseConnectorModel(MegatronModule):
         self.dense_connector_type = dense_connector_type
         self.layer_table = layer_table
         self.packed = packed
-        # Set where the connector was filled from a projector file: the next load of a checkpoint then leaves it alone.
+        # Set where the connector was filled from a projector file, or is to start from random numbers: the next load of
+        # a checkpoint then leaves it alone.
         self.connector_is_given = False
         # What megatron-core's schedules and gradient finalisation read of a model.
         self.pre_process = language_model.pre_process
@@ -151,6 +155,7 @@ class DenseConnectorModel(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Checkpoint entries of this rank, without the frozen tower."""
         state = self.language_model.sharded_state_dict(f"{prefix}language_model.", sharded_offsets, metadata)
+        state.pop(f"{prefix}{_IDLE_STATE}", None)
         if self.connector is not None and not self.connector_is_given:
             state.update(
                 sharded_state_dict_default(
@@ -169,10 +174,13 @@ class DenseConnectorModel(MegatronModule):
         return {name: value for name, value in state.items() if not name.startswith(f"{prefix}vision_tower.")}
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As torch; a frozen tower, or a connector that was given by a file, is no missing key."""
+        """As torch; a frozen tower, a connector that was given by a file and the norm's idle state may be missing."""
         own = self.vision_tower.state_dict(prefix="vision_tower.") if self.vision_tower is not None else {}
         if self.connector_is_given:
             own.update(self.connector.state_dict(prefix="connector."))
             self.connector_is_given = False
+        norm = self.language_model.decoder.final_layernorm  # None off the last stage
+        if norm is not None and type(norm).get_extra_state is not torch.nn.Module.get_extra_state:
+            own[_IDLE_STATE] = None
         state_dict = {**state_dict, **own}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -196,6 +196,50 @@ def load_state(job: Job) -> dict:
     }
 
 
+class _NormWithState(torch.nn.RMSNorm):
+    """A norm that announces a state, as Transformer Engine's does: an empty tensor, and None for the same."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state) -> None:
+        assert state is None or state.numel() == 0
+
+
+def idle_state(job: Job, folder: str) -> dict:
+    """Keys and loading of a checkpoint where the final norm announces a state and where it does not."""
+    from megatron.core import dist_checkpointing
+
+    from dc_megatron.inference.assemble import load_checkpoint
+
+    parallel.start()
+    keys = {}
+    models = {}
+    for name in ("torch", "transformer engine"):
+        _, (models[name],) = build(job)
+        norm = models[name].language_model.decoder.final_layernorm
+        if name != "torch":
+            norm.__class__ = _NormWithState
+        with torch.no_grad():
+            norm.weight.mul_(2.0 if name == "torch" else 3.0)
+        os.makedirs(os.path.join(folder, name))
+        state = models[name].sharded_state_dict()
+        keys[name] = sorted(state)
+        dist_checkpointing.save({"model": state}, os.path.join(folder, name))
+    weights = {
+        name: model.language_model.decoder.final_layernorm.weight.detach().clone() for name, model in models.items()
+    }
+    load_checkpoint(models["torch"], os.path.join(folder, "transformer engine"))
+    load_checkpoint(models["transformer engine"], os.path.join(folder, "torch"))
+    loaded = {name: model.language_model.decoder.final_layernorm.weight for name, model in models.items()}
+    return {
+        "keys": keys,
+        "exchanged": torch.equal(loaded["torch"], weights["transformer engine"])
+        and torch.equal(loaded["transformer engine"], weights["torch"])
+        and not torch.equal(weights["torch"], weights["transformer engine"]),
+    }
+
+
 @contextmanager
 def _pretended(world_size: int, words: list[str]):
     """argv and environment of the last of ``world_size`` processes (rank 0 would print all arguments)."""

@@ -122,6 +122,12 @@ def test_a_connector_given_by_a_file_survives_the_next_load_only(workers, job):
     assert "connector.mlp.0.weight" in got["missing"]
 
 
+def test_checkpoints_are_alike_with_and_without_transformer_engines_norm(workers, job, tmp_path):
+    (got,) = workers.run(f"{WORKER}:idle_state", 1, job, str(tmp_path))
+    assert got["keys"]["torch"] == got["keys"]["transformer engine"]
+    assert got["exchanged"]
+
+
 def test_the_connector_starts_alike_at_every_layout(workers, job):
     (alone,) = workers.run(f"{WORKER}:initial_connector", 1, job)
     for rank in workers.run(f"{WORKER}:initial_connector", 2, replace(job, tensor=2)):
