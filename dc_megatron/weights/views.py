@@ -100,13 +100,12 @@ class AsHuggingFace:
         self._tree = tree
         self._places: dict[str, tuple[Rule, str, int | None]] = {}
         self._strips: dict[str, list[Strip]] = {}
-        for rule in table:
-            key = self._key(rule, prefix, what)
-            for layer in range(num_layers) if rule.layered else (None,):
-                self._check_shape(rule, key, layer, what)
-                for strip in strips(rule, layer):
-                    self._places[strip.name] = (rule, key, layer)
-                    self._strips.setdefault(strip.name, []).append(strip)
+        keys = {rule: self._key(rule, prefix, what) for rule in table}
+        for rule, layer in _in_order(table, num_layers):
+            self._check_shape(rule, keys[rule], layer, what)
+            for strip in strips(rule, layer):
+                self._places[strip.name] = (rule, keys[rule], layer)
+                self._strips.setdefault(strip.name, []).append(strip)
         self._shapes = {}
         for name, (rule, _, layer) in self._places.items():
             self._shapes[name] = rule.source_shapes(layer)[name]
@@ -151,3 +150,15 @@ class AsHuggingFace:
             if first < last:
                 shift = strip.full_start - strip.start
                 self._tree.read_rows(key, layer, first + shift, last + shift, out[first - start : last - start])
+
+
+def _in_order(table: Sequence[Rule], num_layers: int) -> list[tuple[Rule, int | None]]:
+    """Rows of the table with their layers as a forward pass meets them: all of a layer before the next one."""
+    layered = [rule for rule in table if rule.layered]
+    order: list[tuple[Rule, int | None]] = []
+    for rule in table:
+        if not rule.layered:
+            order.append((rule, None))
+        elif rule is layered[0]:
+            order += [(row, layer) for layer in range(num_layers) for row in layered]
+    return order

@@ -1,0 +1,153 @@
+"""From a training checkpoint of any layout to a folder that others can serve, in one process and bounded memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+
+import torch
+
+from dc_megatron.config import one_of
+from dc_megatron.errors import UserError
+from dc_megatron.weights.durable_files import PartialFolder
+from dc_megatron.weights.export_plan import Export, json_bytes, portable_text_config, tokenizer_files
+from dc_megatron.weights.folder_identity import folder_identity
+from dc_megatron.weights.importer import Converted
+from dc_megatron.weights.language_tables import EMBEDDING
+from dc_megatron.weights.manifest import MANIFEST, damaged_files, manifest_bytes, read_manifest
+from dc_megatron.weights.megatron_folder import is_checkpoint, open_checkpoint_folder
+from dc_megatron.weights.model_folder import open_model
+from dc_megatron.weights.model_parts import ModelFolder
+from dc_megatron.weights.progress import Progress
+from dc_megatron.weights.safetensors_writer import SafetensorsWriter
+from dc_megatron.weights.tensor_reader import Renamed
+
+FORMATS = ("hf", "llava", "hf-llava")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+
+# Writes tokenizer, processor and chat template of an export into a folder: (model, export, folder).
+WriteProcessor = Callable[[ModelFolder, Export, str], None]
+
+
+def export_checkpoint(
+    load: str,
+    format: str,
+    save: str,
+    *,
+    step: int | None = None,
+    dtype: str = "",
+    vision_tower: str = "",
+    tower_name: str = "",
+    modeling_code: bool = False,
+    check: bool = True,
+    write_processor: WriteProcessor | None = None,
+    progress: Callable[[str, int], Progress] = Progress,
+) -> Converted:
+    """Write ``save`` in ``format`` from ``load``: a checkpoint of training or import, or any folder that can be read.
+
+    ``dtype``: bf16, fp16 or fp32; "" keeps each tensor's. ``check``: read all files of the checkpoint besides and
+    compare their hashes; nothing appears where one differs. ``write_processor`` is called for hf-llava. UserError:
+    nothing to export, a model that the format cannot say, damaged files, a target that exists, no room.
+    """
+    one_of(format, FORMATS, "--format")
+    if dtype:
+        one_of(dtype, tuple(DTYPES), "--dtype")
+    model, tree = open_any(load, step, vision_tower)
+    export = plan_export(model, format, DTYPES.get(dtype), tower_name, modeling_code)
+    writer = SafetensorsWriter(export.tensors, DTYPES.get(dtype))
+    settings = [format, dtype, tower_name, modeling_code, folder_identity(tree or load)]
+    partial = PartialFolder(save, json.dumps(["export", 1, settings, folder_identity(os.path.join(load, "hf"))]))
+    partial.refuse_small_disk(writer.num_bytes)
+    checker = _Checker(tree) if check and tree else None
+    bar = progress("export", writer.num_bytes)
+    try:
+        writer.write(partial, bar)
+        _write_small_files(partial, model, export, write_processor if format == "hf-llava" else None)
+    finally:
+        damaged = checker.join() if checker else []
+    if damaged:
+        raise UserError(f"--load {tree}: {'; '.join(damaged)}. Export another checkpoint: --step N, or a good copy")
+    content = {"kind": "export", "format": format, "source": os.path.basename(os.path.normpath(load))}
+    partial.write(MANIFEST, manifest_bytes(content, partial.finished))
+    partial.finish()
+    return Converted(save, len(export.tensors.names()), writer.num_bytes, bar.finish(), export.notes)
+
+
+def open_any(folder: str, step: int | None, vision_tower: str, flag: str = "--load") -> tuple[ModelFolder, str]:
+    """(model, folder of its tree, or "" for folders that are no checkpoint of ours)."""
+    if is_checkpoint(folder):
+        return open_checkpoint_folder(folder, step, vision_tower, flag)
+    if step is not None:
+        raise UserError(f"--step {step}: {folder} is no checkpoint of training")
+    return open_model(folder, flag, vision_tower=vision_tower), ""
+
+
+def plan_export(
+    model: ModelFolder, format: str, dtype: torch.dtype | None, tower_name: str = "", modeling_code: bool = False
+) -> Export:
+    """What an export in ``format`` consists of; nothing is read but headers."""
+    if format == "hf":
+        return _text_export(model, dtype)
+    from dc_megatron.weights.hf_llava_format import hf_llava_export
+    from dc_megatron.weights.llava_format import llava_export
+
+    if format == "llava":
+        return llava_export(model, dtype=dtype, vision_tower_name=tower_name)
+    return hf_llava_export(model, dtype=dtype, modeling_code=modeling_code)
+
+
+def _text_export(model: ModelFolder, dtype: torch.dtype | None) -> Export:
+    names = {name: name for name in model.reader.names() if name.startswith("model.") or name == "lm_head.weight"}
+    tensors = Renamed(model.reader, names)
+    kind = dtype or tensors.dtype(EMBEDDING)
+    config = {
+        **portable_text_config(model.language_config, kind),
+        "architectures": [_ARCHITECTURES[model.language.model_type]],
+        "model_type": model.language.model_type,
+    }
+    notes = []
+    if model.has_projector:
+        notes.append("the language model alone: connector and tower go into --format llava or hf-llava")
+    return Export(tensors, {"config.json": json_bytes(config)}, tokenizer_files(model.config_folder), config, notes)
+
+
+def _write_small_files(
+    partial: PartialFolder, model: ModelFolder, export: Export, write_processor: WriteProcessor | None
+) -> None:
+    for name, path in export.copies.items():
+        partial.copy(path, name)
+    if write_processor is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_processor(model, export, folder)
+            for name in sorted(os.listdir(folder)):
+                partial.copy(os.path.join(folder, name), name)
+    for name, content in export.files.items():
+        partial.write(name, content)
+
+
+class _Checker:
+    """Compares the hashes of a tree in a thread of its own, beside the export that reads the same files."""
+
+    def __init__(self, tree: str):
+        manifest, reason = read_manifest(tree)
+        assert manifest is not None, f"{tree}: {reason}"
+        self._damaged: list[str] = []
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(tree, manifest), name="checker", daemon=True)
+        self._thread.start()
+
+    def _run(self, tree: str, manifest) -> None:
+        try:
+            self._damaged = damaged_files(tree, manifest)
+        except Exception as error:
+            self._error = error
+
+    def join(self) -> list[str]:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._damaged

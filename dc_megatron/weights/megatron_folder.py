@@ -1,0 +1,181 @@
+"""A checkpoint of training or import as a ``ModelFolder``: Megatron's tree under Hugging Face's names."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import torch
+from torch import Tensor
+
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, padded_vocab_size
+from dc_megatron.errors import UserError
+from dc_megatron.weights import checkpoint_folder
+from dc_megatron.weights.language_tables import language_table
+from dc_megatron.weights.manifest import damaged_files, read_manifest
+from dc_megatron.weights.model_parts import NEWLINE, PROJECTOR, ModelFolder
+from dc_megatron.weights.names import refuse_wrong_names
+from dc_megatron.weights.progress import Progress
+from dc_megatron.weights.projector_files import projector_shapes
+from dc_megatron.weights.tensor_reader import Merged, Renamed, TensorReader
+from dc_megatron.weights.torch_dist_tree import TorchDistTree
+from dc_megatron.weights.tree_tables import CONNECTOR_PREFIX, LANGUAGE_PREFIX
+from dc_megatron.weights.views import AsHuggingFace
+
+# What a tree of training holds beside the model.
+_NOT_THE_MODEL = ("optimizer.",)
+
+
+class _Plain:
+    """The tree's tensors that no layer is stacked in, under their own keys."""
+
+    def __init__(self, tree: TorchDistTree):
+        self._tree = tree
+
+    def names(self) -> list[str]:
+        return list(self._tree.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tree.shape(name, None)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tree.dtype(name)
+
+    def position(self, name: str) -> tuple:
+        return self._tree.position(name, None)
+
+    def read_rows(self, name: str, start: int, end: int, out: Tensor) -> None:
+        self._tree.read_rows(name, None, start, end, out)
+
+
+def is_checkpoint(folder: str) -> bool:
+    """Whether ``folder`` is one of ours, by training or by import."""
+    return os.path.isfile(os.path.join(folder, "hf", checkpoint_folder.DESCRIPTION))
+
+
+def find_tree(folder: str, step: int | None, flag: str = "--load") -> str:
+    """The newest complete tree of ``folder``, or that of ``step``; UserError where there is none."""
+    if step is not None:
+        found = checkpoint_folder.iteration_folder(folder, step)
+    else:
+        newest, _ = checkpoint_folder.newest_complete(folder)
+        release = os.path.join(folder, "release")
+        found = release if newest is None else checkpoint_folder.iteration_folder(folder, newest)
+    manifest, reason = read_manifest(found)
+    if manifest is None:
+        where = os.path.basename(found)
+        there = reason if os.path.isdir(found) else f"no folder {where}"
+        raise UserError(f"{flag} {folder}: holds no complete checkpoint ({where}: {there})")
+    return found
+
+
+def refuse_damage(tree_folder: str, flag: str, progress=Progress) -> None:
+    """UserError that names the files whose bytes are not those that were written."""
+    manifest, _ = read_manifest(tree_folder)
+    bar = progress("check", sum(digest.size for digest in manifest.files.values()))
+    damaged = damaged_files(tree_folder, manifest, progress=bar)
+    bar.finish()
+    if damaged:
+        raise UserError(
+            f"{flag} {tree_folder}: {'; '.join(damaged)}. Take another checkpoint: --step N, or a copy of this one"
+        )
+
+
+def open_checkpoint_folder(
+    folder: str, step: int | None = None, vision_tower: str = "", flag: str = "--load"
+) -> tuple[ModelFolder, str]:
+    """(the model, the folder of its tree). ``vision_tower``: where the frozen tower lies now.
+
+    UserError: nothing complete, a tree of another model, names that are missing or left over.
+    """
+    described = checkpoint_folder.read_description(folder, flag)
+    tree_folder = find_tree(folder, step, flag)
+    side = os.path.join(folder, "hf")
+    language = LanguageConfig.from_folder(side, flag)
+    tree = TorchDistTree(tree_folder, flag)
+    what = f"{flag} {tree_folder}"
+
+    rows = padded_vocab_size(language.vocab_size, 1)
+    table = language_table(language, rows)
+    text = AsHuggingFace(tree, table, language.num_hidden_layers, LANGUAGE_PREFIX, what)
+    plain = _Plain(tree)
+    parts: list[TensorReader] = [text]
+    known = text.keys()
+
+    connector = None
+    if described.mm_dense_connector_type:
+        connector = ConnectorConfig(
+            described.mm_dense_connector_type, described.mm_projector_type, described.mm_vision_select_layer
+        )
+    tower = vision_tower or described.vision_tower
+    vision = _vision(side, tower, flag)
+    names = {key.replace(CONNECTOR_PREFIX + "mlp.", PROJECTOR): key for key in _connector_keys(plain)}
+    if names:
+        _check_projector(plain, connector, vision, language.hidden_size, what)
+        parts.append(Renamed(plain, names))
+        known |= set(names.values())
+    if NEWLINE in plain.names():
+        parts.append(Renamed(plain, {NEWLINE: NEWLINE}))
+        known.add(NEWLINE)
+    left = [key for key in plain.names() if not key.startswith(_NOT_THE_MODEL) and not _is_known(key, known)]
+    refuse_wrong_names(what, (), left, "The tree is of another model, or was written by a newer program")
+    model = ModelFolder(
+        kind="megatron",
+        path=folder,
+        language=language,
+        reader=Merged(parts),
+        config_folder=side,
+        language_config=_read_json(os.path.join(side, "config.json")),
+        vision=vision,
+        connector=connector,
+        tower_folder=tower,
+        tower_config=_read_json(os.path.join(side, "vision_tower", "config.json")),
+        processor_config=_read_json(os.path.join(side, "vision_tower", "preprocessor_config.json")),
+        version=described.version,
+        image_aspect_ratio=described.image_aspect_ratio,
+        model_max_length=described.model_max_length,
+    )
+    return model, tree_folder
+
+
+def _connector_keys(plain: _Plain) -> list[str]:
+    return [key for key in plain.names() if key.startswith(CONNECTOR_PREFIX)]
+
+
+def _is_known(key: str, known: set[str]) -> bool:
+    """Stacked and per-layer spellings of a known key with ``{layer}``."""
+    if key in known or key.replace("decoder.layers.", "decoder.layers.{layer}.") in known:
+        return True
+    head, mark, rest = key.partition("decoder.layers.")
+    number, _, name = rest.partition(".")
+    return bool(mark) and number.isdigit() and f"{head}{mark}{{layer}}.{name}" in known
+
+
+def _vision(side: str, tower: str, flag: str) -> VisionConfig | None:
+    """The tower's shape, from the copy in the checkpoint or from the tower itself."""
+    for folder in (os.path.join(side, "vision_tower"), tower):
+        if folder and os.path.isfile(os.path.join(folder, "config.json")):
+            return VisionConfig.from_folder(folder, flag)
+    return None
+
+
+def _check_projector(plain: _Plain, connector, vision, hidden_size: int, what: str) -> None:
+    if connector is None or vision is None:
+        raise UserError(
+            f"{what}: holds a connector, but hf/ does not say of which type or tower; give the tower: --vision-tower"
+        )
+    expected = {
+        CONNECTOR_PREFIX + name: shape for name, shape in projector_shapes(connector, vision, hidden_size).items()
+    }
+    found = set(_connector_keys(plain))
+    refuse_wrong_names(what, expected.keys() - found, found - expected.keys(), "The tree is of another model")
+    for key, shape in expected.items():
+        if plain.shape(key) != shape:
+            raise UserError(f"{what}: {key} has shape {list(plain.shape(key))}, not {list(shape)} as hf/ says")
+
+
+def _read_json(path: str) -> dict | None:
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)

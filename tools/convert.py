@@ -1,0 +1,196 @@
+#!/usr/bin/env python
+"""Hugging Face, LLaVA and llava-hf folders to Megatron checkpoints and back; one process, no GPU, bounded memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+EXAMPLE = """\
+examples:
+  python tools/convert.py import --hf vicuna-7b-v1.5 --vision-tower clip-vit-large-patch14-336 --save vicuna-7b-megatron
+  python tools/convert.py export --load runs/stage2 --format hf-llava --save my-model
+  python tools/convert.py verify runs/stage2 my-model
+"""
+FORMATS = ("hf", "llava", "hf-llava")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{import,export,verify}")
+    _add_import(_command(commands, "import", "a folder of weights into a checkpoint that --load takes at any layout"))
+    _add_export(_command(commands, "export", "a checkpoint into a folder that transformers, vLLM or LLaVA reads"))
+    _add_verify(_command(commands, "verify", "compare two folders of any kind, bit by bit"))
+    return parser.parse_args(argv)
+
+
+def _command(commands, name: str, what: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=what,
+        description=what,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    return parser
+
+
+def _flag(parser: argparse.ArgumentParser, name: str, **settings) -> None:
+    """A flag in both spellings, ``--vision-tower`` and ``--vision_tower``."""
+    spellings = dict.fromkeys((f"--{name}", "--" + name.replace("-", "_")))
+    parser.add_argument(*spellings, dest=name.replace("-", "_"), **settings)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    _flag(parser, "hf", required=True, metavar="DIR", help="text model, LLaVA / DenseConnector or llava-hf folder")
+    _flag(parser, "save", required=True, metavar="DIR", help="new folder; give it to --load")
+    _flag(parser, "vision-tower", default="", metavar="DIR", help="CLIP or SigLIP folder, where DIR holds none")
+    _flag(parser, "projector", default="", metavar="FILE", help="mm_projector file to begin with")
+    _flag(
+        parser,
+        "mm-dense-connector-type",
+        default="",
+        metavar="TYPE",
+        help="sti, sci, dci or none; needed where the folder or the projector does not say",
+    )
+    _flag(parser, "version", default="", metavar="NAME", help="conversation template to note, such as v1")
+    _flag(parser, "image-aspect-ratio", default="", metavar="HOW", help="square or pad, to note")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _flag(parser, "load", required=True, metavar="DIR", help="--output_dir of training, or an imported checkpoint")
+    _flag(parser, "format", required=True, metavar="|".join(FORMATS), help="text model, LLaVA, or stock llava-hf")
+    _flag(parser, "save", required=True, metavar="DIR", help="new folder")
+    _flag(parser, "step", type=int, metavar="N", help="iteration (default: the newest complete one)")
+    _flag(parser, "dtype", default="", metavar="bf16|fp16|fp32", help="default: as stored")
+    _flag(parser, "vision-tower", default="", metavar="DIR", help="where the frozen tower lies, if it moved")
+    _flag(parser, "vision-tower-name", default="", metavar="NAME", help="llava: what config.json calls the tower")
+    _flag(
+        parser,
+        "with-modeling-code",
+        action="store_true",
+        help="hf-llava, sti only: put a short modelling file into the folder; it then needs trust_remote_code",
+    )
+    _flag(parser, "version", default="", metavar="NAME", help="hf-llava: template, where the checkpoint has none")
+    _flag(parser, "no-check", action="store_true", help="do not compare the hashes of the checkpoint's files")
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", metavar="A", help="checkpoint or folder")
+    parser.add_argument("b", metavar="B", help="checkpoint or folder")
+    _flag(parser, "step", type=int, metavar="N", help="iteration (default: the newest complete one)")
+    _flag(parser, "vision-tower", default="", metavar="DIR", help="where the frozen tower lies, if it moved")
+    _flag(parser, "any-dtype", action="store_true", help="cast A to the dtype of B before comparing")
+    _flag(parser, "logits", action="store_true", help="run both models too and compare logits, in fp32")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    from dc_megatron.errors import UserError
+
+    try:
+        return {"import": run_import, "export": run_export, "verify": run_verify}[options.command](options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def run_import(options: argparse.Namespace) -> int:
+    from dc_megatron.weights.importer import import_checkpoint
+
+    result = import_checkpoint(
+        options.hf,
+        options.save,
+        vision_tower=options.vision_tower,
+        projector=options.projector,
+        dense_connector_type=options.mm_dense_connector_type,
+        version=options.version,
+        image_aspect_ratio=options.image_aspect_ratio,
+    )
+    return _say_converted(result, options.json, f"train with --load {options.save}")
+
+
+def run_export(options: argparse.Namespace) -> int:
+    from dc_megatron.weights.exporter import export_checkpoint
+
+    write_processor = None
+    if options.format == "hf-llava":
+        from dc_megatron.inference.exported_processor import processor_writer
+
+        write_processor = processor_writer(options.version)
+    result = export_checkpoint(
+        options.load,
+        options.format,
+        options.save,
+        step=options.step,
+        dtype=options.dtype,
+        vision_tower=options.vision_tower,
+        tower_name=options.vision_tower_name,
+        modeling_code=options.with_modeling_code,
+        check=not options.no_check,
+        write_processor=write_processor,
+    )
+    return _say_converted(result, options.json, f"compare with: tools/convert.py verify {options.load} {options.save}")
+
+
+def _say_converted(result, as_json: bool, advice: str) -> int:
+    if as_json:
+        entry = {"folder": result.folder, "tensors": result.tensors, "bytes": result.num_bytes}
+        print(json.dumps({**entry, "seconds": round(result.seconds, 3), "notes": result.notes}))
+        return 0
+    for note in result.notes:
+        print(f"note: {note}")
+    rate = result.num_bytes / max(result.seconds, 1e-6) / 1e9
+    print(
+        f"{result.folder}: {result.tensors} tensors, {result.num_bytes / 1e9:.2f} GB in {result.seconds:.1f} s"
+        f" ({rate:.2f} GB/s); {advice}"
+    )
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from dc_megatron.weights.verify import verify
+
+    result = verify(
+        options.a, options.b, step=options.step, vision_tower=options.vision_tower, any_dtype=options.any_dtype
+    )
+    entry = {
+        "equal": result.equal,
+        "tensors": result.tensors,
+        "bytes": result.num_bytes,
+        "differences": result.differences,
+        "notes": result.notes,
+    }
+    if options.logits:
+        from dc_megatron.evaluation.logits import compare_logits
+
+        entry["largest_logit_difference"] = compare_logits(options.a, options.b, vision_tower=options.vision_tower)
+    if options.json:
+        print(json.dumps(entry))
+        return 0 if result.equal else 1
+    for note in result.notes:
+        print(f"note: {note}")
+    for line in result.differences[:20]:
+        print(line)
+    if len(result.differences) > 20:
+        print(f"... and {len(result.differences) - 20} more")
+    if options.logits:
+        print(f"largest difference of logits: {entry['largest_logit_difference']:.3g}")
+    verdict = "equal" if result.equal else f"{len(result.differences)} differences"
+    print(f"{result.tensors} tensors, {result.num_bytes / 1e9:.2f} GB compared: {verdict}")
+    return 0 if result.equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
