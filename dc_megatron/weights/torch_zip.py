@@ -72,6 +72,11 @@ class TensorPlace:
         """Bytes of one row of a contiguous tensor."""
         return self.numel // self.shape[0] * self.dtype.itemsize if self.numel else 0
 
+    def select(self, index: int) -> TensorPlace:
+        """The tensor at ``index`` of the first dimension."""
+        offset = self.offset + index * self.stride[0] * self.dtype.itemsize
+        return TensorPlace(self.shape[1:], self.dtype, offset, self.stride[1:])
+
 
 @dataclass(frozen=True)
 class _Entry:
