@@ -148,6 +148,28 @@ def test_the_page_cache_is_emptied_without_being_root(tmp_path, monkeypatch):
     assert advised == [(0, 0, os.POSIX_FADV_DONTNEED)]
 
 
+def test_the_command_with_the_real_converter(tmp_path):
+    output = tmp_path / "result.json"
+    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "conversion", "--shape", "tiny", "--runs", "1"]
+    command += ["--page-cache", "files", "--include", "verify", "--folder", str(tmp_path / "disk")]
+    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert result["command"].startswith("python tools/benchmark.py conversion --shape tiny --runs 1")
+    for name in ("import", "export"):
+        step = result["steps"][name]
+        assert step["command"].startswith(f"python tools/convert.py {name}")
+        assert step["gb_made"] >= result["checkpoint"]["gb"]
+        # What it wrote is on the disk when it ends.
+        assert step["sync_seconds_afterwards"] < 1
+        # Bounds at any size of model; the ratio means nothing at this one.
+        assert step["peak_anonymous_gb"] < 1
+        assert step["peak_resident_gb"] < 1.5
+    assert result["steps"]["verify"]["median_seconds"] > 0
+    assert "run 1 of 1, import:" in done.stderr
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
