@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dc_megatron.config import ConnectorConfig, VisionConfig
 from dc_megatron.errors import UserError
+from dc_megatron.weights import durable_files
 from dc_megatron.weights.names import refuse_wrong_names
 from dc_megatron.weights.safetensors_files import open_file
 
@@ -104,6 +105,17 @@ def projector_shapes(connector: ConnectorConfig, vision: VisionConfig, hidden_si
     }
 
 
+def recorded_connector(path: str, flag: str = "--pretrain_mm_mlp_adapter") -> ConnectorConfig | None:
+    """The connector that the projector in ``path`` (a file, or a folder with one) was trained for, where it says so."""
+    file_path = _find(path, flag)
+    metadata = open_file(file_path, f"{flag} {file_path}").metadata
+    kind, layer = metadata.get("mm_dense_connector_type"), metadata.get("mm_vision_select_layer", "")
+    if kind is None:
+        return None
+    projector = metadata.get("mm_projector_type", "mlp2x_gelu")
+    return ConnectorConfig(kind, projector, int(layer) if layer.lstrip("-").isdigit() else -2)
+
+
 def _find(path: str, flag: str) -> str:
     if os.path.isfile(path):
         return path
@@ -164,8 +176,8 @@ def _write(path: str, save: Callable[[str], None]) -> None:
         # safetensors keeps others from reading what it writes; these files are for everyone who may read the folder.
         os.chmod(temporary, 0o666 & ~_umask())
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            durable_files.flush_file(file.fileno())
+        durable_files.rename(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

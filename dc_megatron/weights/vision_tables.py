@@ -22,7 +22,7 @@ _PREFIX = re.compile(r"^(model\.)?(vision_tower\.){0,2}(vision_model\.)?")
 # projections of a full CLIP or SigLIP, and SigLIP's pooling head.
 _DROPPED = re.compile(
     r"(.*\.)?embeddings\.position_ids|text_model\..*|logit_scale|logit_bias|(text|visual)_projection\.weight"
-    r"|(vision_model\.)?head\..*"
+    r"|(.*\.)?head\..*"
 )
 
 

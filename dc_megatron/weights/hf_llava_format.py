@@ -1,0 +1,419 @@
+"""Stock ``LlavaForConditionalGeneration`` and ``LlavaNextForConditionalGeneration`` folders, in and out.
+
+They read a list of hidden states and concatenate them as channels in front of the projector. SCI is such a list. DCI
+is one too, once the means over its layers are folded into the first linear layer: the block of channels of a mean of
+n layers becomes n blocks, each 1/n of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+
+import torch
+
+from dc_megatron.config import (
+    STI_POOL,
+    ConnectorConfig,
+    LanguageConfig,
+    VisionConfig,
+    image_tokens,
+    layer_table,
+    read_json_file,
+)
+from dc_megatron.errors import UserError
+from dc_megatron.weights.derived_tensors import ColumnBlocks, WithZeroRows
+from dc_megatron.weights.export_plan import Export, dtype_name, json_bytes, portable_text_config
+from dc_megatron.weights.language_tables import EMBEDDING, HEAD
+from dc_megatron.weights.model_parts import (
+    NEWLINE,
+    PROJECTOR,
+    TOWER,
+    ModelFolder,
+    complete_tower,
+    language_part,
+    projector_part,
+    tower_of,
+    tower_part,
+)
+from dc_megatron.weights.names import refuse_wrong_names, refuse_wrong_shape
+from dc_megatron.weights.safetensors_files import open_checkpoint
+from dc_megatron.weights.sti_modeling import ARCHITECTURE, CONFIGURATION, MODEL_TYPE, MODELING, MODELING_FILE
+from dc_megatron.weights.tensor_reader import Merged, Renamed, TensorReader
+from dc_megatron.weights.tokenizer_ids import IMAGE_TOKEN, image_token_id, tokenizer_ids
+
+_KINDS = {"llava": "hf-llava", MODEL_TYPE: "hf-llava", "llava_next": "hf-llava-next"}
+HF_LLAVA_TYPES = tuple(_KINDS)
+
+# What transformers 4 and 5 fill in where a configuration inside another one leaves a value out.
+_TEXT_DEFAULTS = {
+    "llama": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+    },
+    "mistral": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+    },
+}
+# transformers' own, where config.json has none.
+_NEXT_GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+# The names of transformers 4 (`language_model.model.*`) and those in memory of 5 (`model.language_model.*`).
+_LANGUAGE = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(?!lm_head\.)(.+)")
+_HEADS = ("language_model.lm_head.weight", "lm_head.weight")
+_PROJECTOR = re.compile(r"(?:model\.)?multi_modal_projector\.linear_([12])\.(.+)")
+_TOWER = re.compile(r"(?:model\.)?vision_tower\.(.+)")
+_NEWLINES = ("image_newline", "model.image_newline")
+
+
+def open_hf_llava(folder: str, config: dict, flag: str, vision_tower: str = "") -> ModelFolder:
+    """``folder``, whose config.json is ``config``; the tower is inside, ``vision_tower`` may not be given.
+
+    One feature layer is connector ``none``; the layers of SCI are ``sci``; the pooled ones of our own export are
+    ``sti``. UserError as ``open_model``, and for layers that no connector reads.
+    """
+    what = f"{flag} {folder}"
+    if vision_tower:
+        raise UserError(f"--vision-tower {vision_tower}: {folder} has a tower of its own; leave the flag out")
+    text = _text_config(config, what)
+    language = LanguageConfig.from_config(text, what, folder)
+    tower_config = {"model_type": "clip_vision_model", **(config.get("vision_config") or {})}
+    processor = _processor_config(folder, what)
+    vision = VisionConfig.from_config(tower_config, what, processor)
+    vision, connector = _connector(config, vision, what)
+    checkpoint = open_checkpoint(folder, flag)
+    names = _sorted_names(checkpoint.names(), what)
+    parts: list[TensorReader] = [
+        language_part(checkpoint, names["language"], language, what),
+        projector_part(checkpoint, names["projector"], vision, connector, language.hidden_size, what),
+        _tower_part(checkpoint, names["tower"], vision, connector, what),
+    ]
+    if config["model_type"] == "llava_next":
+        refuse_wrong_names(what, {NEWLINE} - names["newline"].keys(), [], "every llava_next model has it")
+        refuse_wrong_shape(what, NEWLINE, checkpoint.shape(names["newline"][NEWLINE]), (language.hidden_size,))
+        parts.append(Renamed(checkpoint, names["newline"]))
+    elif names["newline"]:
+        refuse_wrong_names(what, [], names["newline"].values(), "only llava_next models have it")
+    grid = None
+    if config["model_type"] == "llava_next":
+        # transformers writes (height, width).
+        grid = tuple((width, height) for height, width in config.get("image_grid_pinpoints") or _NEXT_GRID)
+    return ModelFolder(
+        kind=_KINDS[config["model_type"]],
+        path=folder,
+        language=language,
+        reader=Merged(parts),
+        config_folder=folder,
+        language_config=text,
+        vision=vision,
+        connector=connector,
+        tower_config={**tower_config, "num_hidden_layers": vision.num_hidden_layers},
+        processor_config=processor,
+        image_aspect_ratio="anyres" if grid else "pad" if (processor or {}).get("do_pad") else "square",
+        image_grid_pinpoints=grid,
+    )
+
+
+def _text_config(config: dict, what: str) -> dict:
+    """The language model's configuration, complete."""
+    text = config.get("text_config") or {}
+    model_type = text.get("model_type", "llama")
+    if model_type not in _TEXT_DEFAULTS:
+        raise UserError(
+            f"{what}: config.json has a language model of type '{model_type}'; available: {', '.join(_TEXT_DEFAULTS)}"
+        )
+    tied = bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
+    return {**_TEXT_DEFAULTS[model_type], **text, "model_type": model_type, "tie_word_embeddings": tied}
+
+
+def _processor_config(folder: str, what: str) -> dict | None:
+    """What the folder says of its pictures; transformers 5 keeps it inside processor_config.json."""
+    if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
+        return read_json_file(folder, "preprocessor_config.json", what)
+    if os.path.isfile(os.path.join(folder, "processor_config.json")):
+        return read_json_file(folder, "processor_config.json", what).get("image_processor")
+    return None
+
+
+def _connector(config: dict, vision: VisionConfig, what: str) -> tuple[VisionConfig, ConnectorConfig]:
+    """The connector that reads ``vision_feature_layer``, and ``vision`` with the depth at which it does."""
+    if config.get("projector_hidden_act", "gelu") != "gelu" or not config.get("multimodal_projector_bias", True):
+        raise UserError(f"{what}: projectors other than linear, gelu, linear with biases are not available")
+    wanted = "default" if vision.family == "clip" else "full"
+    strategy = config.get("vision_feature_select_strategy", "default")
+    if strategy != wanted:
+        raise UserError(
+            f"{what}: vision_feature_select_strategy '{strategy}' with a {vision.family} tower is not available;"
+            f" '{wanted}' is (all patches and no class token)"
+        )
+    depth = vision.num_hidden_layers
+    layers = config.get("vision_feature_layer", -2)
+    single = isinstance(layers, int)
+    found = [layer if layer >= 0 else depth + 1 + layer for layer in ([layers] if single else layers)]
+    if not found or not all(0 <= layer <= depth for layer in found):
+        raise UserError(f"{what}: vision_feature_layer {layers} of a tower of {depth} layers")
+    if vision.family == "siglip":
+        # Our final feature of SigLIP is the input of the last layer: with another feature the tower ends elsewhere.
+        vision = replace(vision, num_hidden_layers=found[0] + 1)
+        select_layer = -2
+    else:
+        select_layer = layers if single else found[0] - depth - 1
+    if single:
+        kind = "sti" if config.get("dense_connector_layers") else "none"
+        connector = ConnectorConfig(kind, select_layer=select_layer)
+        if kind == "sti":
+            table = layer_table(vision, connector)
+            if [list(group) for group in table.groups] != [[layer] for layer in config["dense_connector_layers"]]:
+                raise UserError(
+                    f"{what}: dense_connector_layers {config['dense_connector_layers']} are not those of sti"
+                )
+        return vision, connector
+    for kind in ("sci", "dci"):
+        connector = ConnectorConfig(kind, select_layer=select_layer)
+        if found == _folded_layers(vision, connector)[0]:
+            if kind == "sci":
+                return vision, connector
+            raise UserError(
+                f"{what}: vision_feature_layer {layers} is DCI with its means folded into the projector, which"
+                " cannot be undone exactly; import what '--format llava' exported from the same checkpoint"
+            )
+    if len(found) == 1:
+        return vision, ConnectorConfig("none", select_layer=select_layer)
+    sci = _folded_layers(vision, ConnectorConfig("sci", select_layer=select_layer))[0]
+    raise UserError(
+        f"{what}: no connector reads the layers {layers} of this tower; available: one layer (none), {sci} (sci)"
+    )
+
+
+def _sorted_names(names: list[str], what: str) -> dict[str, dict[str, str]]:
+    """Our names -> names on file, of each part of the model. What belongs to no part is refused."""
+    found: dict[str, dict[str, str]] = {"language": {}, "projector": {}, "tower": {}, "newline": {}}
+    twice, unknown = [], []
+    for name in names:
+        if name in _HEADS:
+            part, own = "language", HEAD
+        elif match := _LANGUAGE.fullmatch(name):
+            part, own = "language", f"model.{match[1]}"
+        elif match := _PROJECTOR.fullmatch(name):
+            part, own = "projector", f"{PROJECTOR}{'0' if match[1] == '1' else '2'}.{match[2]}"
+        elif match := _TOWER.fullmatch(name):
+            part, own = "tower", match[1]
+        elif name in _NEWLINES:
+            part, own = "newline", NEWLINE
+        else:
+            unknown.append(name)
+            continue
+        if own in found[part]:
+            twice.append(f"{found[part][own]} and {name}")
+        found[part][own] = name
+    if twice:
+        raise UserError(f"{what}: the same weight under two names: {', '.join(twice[:4])}")
+    refuse_wrong_names(what, [], unknown, "A Llava model has a language model, a projector and a tower")
+    return found
+
+
+def _tower_part(
+    checkpoint: TensorReader, names: dict[str, str], vision: VisionConfig, connector: ConnectorConfig, what: str
+) -> TensorReader:
+    """The tower without layers above the depth that ``vision`` has for us."""
+    layer = re.compile(r"(?:vision_model\.)?encoder\.layers\.(\d+)\.")
+    kept = {
+        own: name
+        for own, name in names.items()
+        if not (match := layer.match(own)) or int(match[1]) < vision.num_hidden_layers
+    }
+    return tower_part(Renamed(checkpoint, kept), kept, vision, connector, what)
+
+
+def hf_llava_export(model: ModelFolder, *, dtype: torch.dtype | None = None, modeling_code: bool = False) -> Export:
+    """``model`` for stock transformers: Llava, or LlavaNext for an AnyRes model.
+
+    ``dtype`` is what the writer will cast to, None as stored. ``modeling_code`` allows STI, which stock Llava
+    cannot say, with a file of Python code in the folder. The tokenizer's and the processor's files are the caller's.
+    UserError: a model without projector, STI without the flag.
+    """
+    if not model.has_projector:
+        raise UserError("--format hf-llava: the model has no projector; --format hf writes the language model")
+    kind = model.connector.dense_connector_type
+    if kind == "sti" and model.image_grid_pinpoints is not None:
+        raise UserError("--format hf-llava: LlavaNext cannot append STI's pooled tokens; use --format llava")
+    if kind == "sti" and not modeling_code:
+        raise UserError(
+            "--format hf-llava: stock Llava cannot append the pooled tokens of an sti connector; --with-modeling-code"
+            f" puts a short {MODELING_FILE} into the folder, which transformers runs with trust_remote_code=True;"
+            " --format llava needs none; sci and dci models need none either"
+        )
+    tower, depth = complete_tower(tower_of(model), model.vision, model.connector)
+    image_token, rows = _image_token(model)
+    config = _config(model, depth, image_token, rows, dtype or model.dtype)
+    tensors = Renamed(_tensors(model, tower, rows, dtype), _names(model, tower))
+    files = {
+        "config.json": json_bytes(config),
+        "generation_config.json": json_bytes(_generation_config(model, image_token)),
+    }
+    if kind == "sti":
+        files[MODELING_FILE] = MODELING.encode()
+    return Export(tensors, files, {}, config, _notes(model, image_token), image_token)
+
+
+def _folded_layers(vision: VisionConfig, connector: ConnectorConfig) -> tuple[list[int], list[list[tuple[int, float]]]]:
+    """The hidden states to concatenate, and for each the (block of our first linear layer, factor) it is made of.
+
+    A layer that the connector reads in several places comes once, with the sum of its blocks.
+    """
+    table = layer_table(vision, connector)
+    layers, blocks = [table.final], [[(0, 1.0)]]
+    for number, group in enumerate(table.groups, start=1):
+        for layer in group:
+            if layer not in layers:
+                layers.append(layer)
+                blocks.append([])
+            blocks[layers.index(layer)].append((number, 1.0 / len(group)))
+    return layers, blocks
+
+
+def _tensors(model: ModelFolder, tower: TensorReader, rows: int, dtype: torch.dtype | None) -> TensorReader:
+    """Everything under our names, with the first linear layer folded and a row for the picture's token."""
+    first = f"{PROJECTOR}0.weight"
+    folded = model.connector.dense_connector_type in ("sci", "dci")
+    own = [n for n in model.reader.names() if not n.startswith(TOWER) and not (folded and n == first)]
+    parts: list[TensorReader] = [Renamed(model.reader, {name: name for name in own}), tower]
+    if folded:
+        blocks = _folded_layers(model.vision, model.connector)[1]
+        parts.append(ColumnBlocks(model.reader, first, first, model.vision.hidden_size, blocks, dtype))
+    longer = {name: rows for name in (EMBEDDING, HEAD) if name in own}
+    return WithZeroRows(Merged(parts), longer)
+
+
+def _names(model: ModelFolder, tower: TensorReader) -> dict[str, str]:
+    """Name on file -> our name. Code in the folder is loaded without transformers' renaming: names as in memory."""
+    stock = model.connector.dense_connector_type != "sti"
+    start = "" if stock else "model."
+    text = "language_model.model." if stock else "model.language_model."
+    linear = {"0": "linear_1", "2": "linear_2"}
+    names = {}
+    for name in {*model.reader.names(), *tower.names()}:
+        if name == HEAD:
+            names["language_model.lm_head.weight" if stock else HEAD] = name
+        elif name.startswith(PROJECTOR):
+            number, part = name.removeprefix(PROJECTOR).split(".")
+            names[f"{start}multi_modal_projector.{linear[number]}.{part}"] = name
+        elif name.startswith(TOWER):
+            if name in tower.names():
+                names[f"{start}vision_tower.vision_model.{name.removeprefix(TOWER)}"] = name
+        elif name == NEWLINE:
+            names[NEWLINE] = name
+        else:
+            names[text + name.removeprefix("model.")] = name
+    return names
+
+
+def _image_token(model: ModelFolder) -> tuple[int, int]:
+    """(the id of the picture's token, rows of the embedding that then are needed)."""
+    ids = tokenizer_ids(model.config_folder) or {}
+    token = image_token_id(ids, model.language.vocab_size)
+    return token, max(model.language.vocab_size, token + 1)
+
+
+def _config(model: ModelFolder, depth: int, image_token: int, rows: int, dtype: torch.dtype) -> dict:
+    vision, connector, kind = model.vision, model.connector, model.connector.dense_connector_type
+    text = {**portable_text_config(model.language_config, dtype), "vocab_size": rows}
+    anyres = model.image_grid_pinpoints is not None
+    layers: int | list[int] = _folded_layers(vision, connector)[0]
+    if kind in ("none", "sti"):
+        # From the end, as the published models say it.
+        layers = layer_table(vision, connector).final - depth - 1
+    config = {
+        "architectures": ["LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"],
+        "model_type": "llava_next" if anyres else "llava",
+        "ignore_index": -100,
+        "image_token_index": image_token,
+        "image_seq_length": image_tokens(vision, connector),
+        "multimodal_projector_bias": True,
+        "projector_hidden_act": "gelu",
+        "text_config": text,
+        "tie_word_embeddings": model.language.tie_word_embeddings,
+        "torch_dtype": dtype_name(dtype),
+        "vision_config": _vision_config(model, depth),
+        "vision_feature_layer": layers,
+        "vision_feature_select_strategy": "default" if vision.family == "clip" else "full",
+    }
+    if anyres:
+        # transformers reads (height, width).
+        config["image_grid_pinpoints"] = [[height, width] for width, height in model.image_grid_pinpoints]
+    if kind == "sti":
+        module = MODELING_FILE.removesuffix(".py")
+        config |= {
+            "architectures": [ARCHITECTURE],
+            "auto_map": {
+                "AutoConfig": f"{module}.{CONFIGURATION}",
+                "AutoModelForImageTextToText": f"{module}.{ARCHITECTURE}",
+            },
+            "model_type": MODEL_TYPE,
+            "dense_connector_layers": [layer for group in layer_table(vision, connector).groups for layer in group],
+            "dense_connector_pool": STI_POOL,
+        }
+    return config
+
+
+def _vision_config(model: ModelFolder, depth: int) -> dict:
+    vision = model.vision
+    config = {
+        "model_type": f"{vision.family}_vision_model",
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "num_hidden_layers": depth,
+        "num_attention_heads": vision.num_attention_heads,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_act": vision.hidden_act,
+        "layer_norm_eps": vision.layer_norm_eps,
+    }
+    if vision.family == "clip":
+        return {**config, "projection_dim": (model.tower_config or {}).get("projection_dim", 512)}
+    # The pooling head is in no export: the connectors do not read it.
+    return {**config, "vision_use_head": False}
+
+
+def _generation_config(model: ModelFolder, image_token: int) -> dict:
+    """The source's special ids, and that the picture's token is never chosen: its head row is zero or untrained."""
+    source = dict(model.language_config)
+    if os.path.isfile(os.path.join(model.config_folder, "generation_config.json")):
+        source |= read_json_file(model.config_folder, "generation_config.json", "the source's generation settings")
+    ids = {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if source.get(key) is not None}
+    return {**ids, "suppress_tokens": [image_token]}
+
+
+def _notes(model: ModelFolder, image_token: int) -> list[str]:
+    notes = [
+        f"'{IMAGE_TOKEN}' is token {image_token}; generation_config.json keeps it from being chosen, and a server that"
+        " does not read suppress_tokens from there has to be told"
+    ]
+    if model.image_aspect_ratio == "square" and model.vision.family == "clip":
+        notes.append("trained on square crops (image_aspect_ratio square): the processor must crop and not pad")
+    if model.connector.dense_connector_type == "sti":
+        notes.append(f"{MODELING_FILE} is code: transformers runs it with trust_remote_code=True only")
+    return notes
