@@ -124,11 +124,11 @@ def run_import(options: argparse.Namespace) -> int:
 def run_export(options: argparse.Namespace) -> int:
     from dc_megatron.weights.exporter import export_checkpoint
 
-    write_processor = None
+    processor = None
     if options.format == "hf-llava":
-        from dc_megatron.inference.exported_processor import processor_writer
+        from dc_megatron.inference.exported_processor import ExportedProcessor
 
-        write_processor = processor_writer(options.version)
+        processor = ExportedProcessor(options.version)
     result = export_checkpoint(
         options.load,
         options.format,
@@ -139,7 +139,7 @@ def run_export(options: argparse.Namespace) -> int:
         tower_name=options.vision_tower_name,
         modeling_code=options.with_modeling_code,
         check=not options.no_check,
-        write_processor=write_processor,
+        processor=processor,
     )
     return _say_converted(result, options.json, f"compare with: tools/convert.py verify {options.load} {options.save}")
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -15,8 +16,10 @@ from dc_megatron.errors import UserError
 from dc_megatron.weights.durable_files import PartialFolder
 from dc_megatron.weights.export_plan import Export, json_bytes, portable_text_config, tokenizer_files
 from dc_megatron.weights.folder_identity import folder_identity
+from dc_megatron.weights.hf_llava_format import hf_llava_export
 from dc_megatron.weights.importer import Converted
 from dc_megatron.weights.language_tables import EMBEDDING
+from dc_megatron.weights.llava_format import llava_export
 from dc_megatron.weights.manifest import MANIFEST, damaged_files, manifest_bytes, read_manifest
 from dc_megatron.weights.megatron_folder import is_checkpoint, open_checkpoint_folder
 from dc_megatron.weights.model_folder import open_model
@@ -29,8 +32,15 @@ FORMATS = ("hf", "llava", "hf-llava")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
-# Writes tokenizer, processor and chat template of an export into a folder: (model, export, folder).
-WriteProcessor = Callable[[ModelFolder, Export, str], None]
+
+class Processor(Protocol):
+    """Tokenizer, processor and chat template of a stock Llava, which need more than this room may import."""
+
+    def image_token(self, model: ModelFolder) -> tuple[int, int]:
+        """(id of the token that stands for a position of a picture, rows that the embedding must have)."""
+
+    def write(self, model: ModelFolder, export: Export, folder: str) -> None:
+        """Write the files into ``folder``."""
 
 
 def export_checkpoint(
@@ -44,20 +54,22 @@ def export_checkpoint(
     tower_name: str = "",
     modeling_code: bool = False,
     check: bool = True,
-    write_processor: WriteProcessor | None = None,
+    processor: Processor | None = None,
     progress: Callable[[str, int], Progress] = Progress,
 ) -> Converted:
     """Write ``save`` in ``format`` from ``load``: a checkpoint of training or import, or any folder that can be read.
 
     ``dtype``: bf16, fp16 or fp32; "" keeps each tensor's. ``check``: read all files of the checkpoint besides and
-    compare their hashes; nothing appears where one differs. ``write_processor`` is called for hf-llava. UserError:
+    compare their hashes; nothing appears where one differs. ``processor`` serves hf-llava. UserError:
     nothing to export, a model that the format cannot say, damaged files, a target that exists, no room.
     """
     one_of(format, FORMATS, "--format")
     if dtype:
         one_of(dtype, tuple(DTYPES), "--dtype")
     model, tree = open_any(load, step, vision_tower)
-    export = plan_export(model, format, DTYPES.get(dtype), tower_name, modeling_code)
+    stock = processor if format == "hf-llava" else None
+    image_token = stock.image_token(model) if stock else None
+    export = plan_export(model, format, DTYPES.get(dtype), tower_name, modeling_code, image_token)
     writer = SafetensorsWriter(export.tensors, DTYPES.get(dtype))
     settings = [format, dtype, tower_name, modeling_code, folder_identity(tree or load)]
     partial = PartialFolder(save, json.dumps(["export", 1, settings, folder_identity(os.path.join(load, "hf"))]))
@@ -66,7 +78,7 @@ def export_checkpoint(
     bar = progress("export", writer.num_bytes)
     try:
         writer.write(partial, bar)
-        _write_small_files(partial, model, export, write_processor if format == "hf-llava" else None)
+        _write_small_files(partial, model, export, stock)
     finally:
         damaged = checker.join() if checker else []
     if damaged:
@@ -87,17 +99,22 @@ def open_any(folder: str, step: int | None, vision_tower: str, flag: str = "--lo
 
 
 def plan_export(
-    model: ModelFolder, format: str, dtype: torch.dtype | None, tower_name: str = "", modeling_code: bool = False
+    model: ModelFolder,
+    format: str,
+    dtype: torch.dtype | None,
+    tower_name: str = "",
+    modeling_code: bool = False,
+    image_token: tuple[int, int] | None = None,
 ) -> Export:
-    """What an export in ``format`` consists of; nothing is read but headers."""
+    """What an export in ``format`` consists of; nothing is read but headers.
+
+    ``image_token``: (id of ``<image>``, rows of the embedding) for hf-llava; None: from the tokenizer's files.
+    """
     if format == "hf":
         return _text_export(model, dtype)
-    from dc_megatron.weights.hf_llava_format import hf_llava_export
-    from dc_megatron.weights.llava_format import llava_export
-
     if format == "llava":
         return llava_export(model, dtype=dtype, vision_tower_name=tower_name)
-    return hf_llava_export(model, dtype=dtype, modeling_code=modeling_code)
+    return hf_llava_export(model, dtype=dtype, with_modeling_code=modeling_code, image_token=image_token)
 
 
 def _text_export(model: ModelFolder, dtype: torch.dtype | None) -> Export:
@@ -115,18 +132,17 @@ def _text_export(model: ModelFolder, dtype: torch.dtype | None) -> Export:
     return Export(tensors, {"config.json": json_bytes(config)}, tokenizer_files(model.config_folder), config, notes)
 
 
-def _write_small_files(
-    partial: PartialFolder, model: ModelFolder, export: Export, write_processor: WriteProcessor | None
-) -> None:
+def _write_small_files(partial: PartialFolder, model: ModelFolder, export: Export, processor: Processor | None) -> None:
     for name, path in export.copies.items():
         partial.copy(path, name)
-    if write_processor is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            write_processor(model, export, folder)
-            for name in sorted(os.listdir(folder)):
-                partial.copy(os.path.join(folder, name), name)
     for name, content in export.files.items():
         partial.write(name, content)
+    if processor is not None:
+        # Last: its generation settings know the template's end.
+        with tempfile.TemporaryDirectory() as folder:
+            processor.write(model, export, folder)
+            for name in sorted(os.listdir(folder)):
+                partial.copy(os.path.join(folder, name), name)
 
 
 class _Checker:

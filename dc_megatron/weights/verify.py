@@ -71,9 +71,12 @@ def _is_stock(folder: str) -> bool:
 
 
 def _as_stock(model: ModelFolder, folder: str, result: Comparison) -> tuple[TensorReader, TensorReader]:
+    """``model`` as the export that ``folder`` would be of it, and what ``folder`` holds."""
     stored = open_checkpoint(folder, "B")
+    config = read_json_file(folder, "config.json", folder)
+    image_token = (config.get("image_token_index", config.get("image_token_id")), config["text_config"]["vocab_size"])
     kind = stored.dtype(stored.names()[0])
-    return plan_export(model, "hf-llava", kind, modeling_code=True).tensors, stored
+    return plan_export(model, "hf-llava", kind, modeling_code=True, image_token=image_token).tensors, stored
 
 
 def _common(a: ModelFolder, b: ModelFolder, result: Comparison) -> tuple[TensorReader, TensorReader]:
