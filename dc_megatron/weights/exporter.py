@@ -114,7 +114,7 @@ def plan_export(
         return _text_export(model, dtype)
     if format == "llava":
         return llava_export(model, dtype=dtype, vision_tower_name=tower_name)
-    return hf_llava_export(model, dtype=dtype, with_modeling_code=modeling_code, image_token=image_token)
+    return hf_llava_export(model, dtype=dtype, modeling_code=modeling_code, image_token=image_token)
 
 
 def _text_export(model: ModelFolder, dtype: torch.dtype | None) -> Export:

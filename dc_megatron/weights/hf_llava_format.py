@@ -248,11 +248,18 @@ def _tower_part(
     return tower_part(Renamed(checkpoint, kept), kept, vision, connector, what)
 
 
-def hf_llava_export(model: ModelFolder, *, dtype: torch.dtype | None = None, modeling_code: bool = False) -> Export:
+def hf_llava_export(
+    model: ModelFolder,
+    *,
+    dtype: torch.dtype | None = None,
+    modeling_code: bool = False,
+    image_token: tuple[int, int] | None = None,
+) -> Export:
     """``model`` for stock transformers: Llava, or LlavaNext for an AnyRes model.
 
     ``dtype`` is what the writer will cast to, None as stored. ``modeling_code`` allows STI, which stock Llava
-    cannot say, with a file of Python code in the folder. The tokenizer's and the processor's files are the caller's.
+    cannot say, with a file of Python code in the folder. The tokenizer's and the processor's files are the caller's,
+    who then also chooses ``image_token``: (id of ``<image>``, rows of the embedding).
     UserError: a model without projector, STI without the flag.
     """
     if not model.has_projector:
@@ -267,16 +274,16 @@ def hf_llava_export(model: ModelFolder, *, dtype: torch.dtype | None = None, mod
             " --format llava needs none; sci and dci models need none either"
         )
     tower, depth = complete_tower(tower_of(model), model.vision, model.connector)
-    image_token, rows = _image_token(model)
-    config = _config(model, depth, image_token, rows, dtype or model.dtype)
+    token, rows = image_token or _image_token(model)
+    config = _config(model, depth, token, rows, dtype or model.dtype)
     tensors = Renamed(_tensors(model, tower, rows, dtype), _names(model, tower))
     files = {
         "config.json": json_bytes(config),
-        "generation_config.json": json_bytes(_generation_config(model, image_token)),
+        "generation_config.json": json_bytes(_generation_config(model, token)),
     }
     if kind == "sti":
         files[MODELING_FILE] = MODELING.encode()
-    return Export(tensors, files, {}, config, _notes(model, image_token), image_token)
+    return Export(tensors, files, {}, config, _notes(model, token), token)
 
 
 def _folded_layers(vision: VisionConfig, connector: ConnectorConfig) -> tuple[list[int], list[list[tuple[int, float]]]]:
@@ -315,7 +322,7 @@ def _names(model: ModelFolder, tower: TensorReader) -> dict[str, str]:
     text = "language_model.model." if stock else "model.language_model."
     linear = {"0": "linear_1", "2": "linear_2"}
     names = {}
-    for name in {*model.reader.names(), *tower.names()}:
+    for name in dict.fromkeys([*model.reader.names(), *tower.names()]):
         if name == HEAD:
             names["language_model.lm_head.weight" if stock else HEAD] = name
         elif name.startswith(PROJECTOR):
