@@ -50,7 +50,7 @@ class TextTokenizer:
     """The tokenizer of a Hugging Face folder, with character offsets.
 
     folder: holds tokenizer.json or tokenizer.model. Public: ``bos_id``, ``eos_id`` (int or None), ``adds_bos``,
-    ``hugging_face`` (the transformers object, for decoding).
+    ``is_legacy``, ``hugging_face`` (the transformers object, for decoding).
 
     Legacy Llama tokenizers (``legacy`` absent or true in tokenizer_config.json, as the original loads them) are those
     where sentencepiece encodes every stretch between special tokens by itself, dummy prefix included. Where the folder
@@ -70,7 +70,7 @@ class TextTokenizer:
         self.eos_id = self.hugging_face.eos_token_id
         is_llama = type(self.hugging_face).__name__.startswith("LlamaTokenizer")
         self.adds_bos = self.bos_id is not None and self._decide_bos(is_llama)
-        self._legacy = is_llama and _is_legacy(folder)
+        self.is_legacy = is_llama and _is_legacy(folder)
         # A dummy prefix is due where the text itself starts with a space; transformers then adds none.
         self._restore_prefix = is_llama and getattr(self.hugging_face, "add_prefix_space", True) is not False
         self._special = {
@@ -78,13 +78,13 @@ class TextTokenizer:
         }
         contents = sorted(self._special, key=len, reverse=True)
         self._split = re.compile("|".join(re.escape(content) for content in contents)) if contents else None
-        self._sentencepiece = _load_sentencepiece(folder) if self._legacy else None
+        self._sentencepiece = _load_sentencepiece(folder) if self.is_legacy else None
 
     def encode(self, text: str) -> tuple[list[int], Offsets]:
         """Ids of one stretch and their (start, end) characters; no special token is added, those in it are parsed."""
         if not text:
             return [], []
-        if not self._legacy:
+        if not self.is_legacy:
             return self._encode_stretch(text)
         ids, offsets, position = [], [], 0
         for match in self._split.finditer(text) if self._split else ():

@@ -95,9 +95,13 @@ def byte_level_tokenizer(folder, *, bos: str, eos: str, special: list[str], add_
     return folder
 
 
-def llama_3_tokenizer(folder) -> str:
-    """Byte-level, with the special tokens of Llama 3's chat format; adds its own <|begin_of_text|>."""
+def llama_3_tokenizer(folder, reserved: int = 0) -> str:
+    """Byte-level, with the special tokens of Llama 3's chat format; adds its own <|begin_of_text|>.
+
+    reserved: how many tokens <|reserved_special_token_N|> it keeps for later.
+    """
     special = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    special += [f"<|reserved_special_token_{number}|>" for number in range(reserved)]
     return byte_level_tokenizer(folder, bos="<|begin_of_text|>", eos="<|eot_id|>", special=special)
 
 
