@@ -107,12 +107,14 @@ def _build(resolved: Resolved, seed: int):
         post_process=parallel_state.is_pipeline_last_stage(),
     )
     assemble.load_vision_tower(model, resolved.vision, resolved.connector)
+    if source.projector:
+        type_named = bool(source.dense_connector_type)
+        assemble.load_projector(model, source.projector, resolved.vision, resolved.connector, type_named)
     if resolved.iteration_folder:
+        # A projector beside a checkpoint: the checkpoint is a language model that was imported alone.
+        model.connector_is_given = bool(source.projector) and model.connector is not None
         assemble.load_checkpoint(model, resolved.iteration_folder)
     else:
         assemble.load_language_model(model, resolved.language, rows)
-        if source.projector:
-            type_named = bool(source.dense_connector_type)
-            assemble.load_projector(model, source.projector, resolved.vision, resolved.connector, type_named)
     model = model.to(device.device())
     return (Float16Module(config, model) if source.bf16 else model).eval()

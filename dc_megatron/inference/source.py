@@ -57,42 +57,67 @@ def resolve(source: Source) -> Resolved:
 
 
 def _resolve_checkpoint(source: Source) -> Resolved:
-    if source.projector or source.model_name_or_path:
-        raise UserError(
-            "--load holds language model and projector: drop --model_name_or_path and --pretrain_mm_mlp_adapter"
-        )
+    if source.model_name_or_path:
+        raise UserError("--load holds the language model: drop --model_name_or_path")
     described = checkpoint_folder.read_description(source.load)
-    if source.dense_connector_type not in ("", described.mm_dense_connector_type):
+    tree = checkpoint_folder.find_tree(source.load, source.checkpoint_step)
+    if tree is None:
+        step = source.checkpoint_step
         raise UserError(
-            f"--mm_dense_connector_type {source.dense_connector_type}: {source.load} was trained with"
-            f" {described.mm_dense_connector_type}"
+            f"--load {source.load}: holds no complete checkpoint" + (f" of step {step}" if step is not None else "")
         )
-    iteration = source.checkpoint_step
-    if iteration is None:
-        iteration, _ = checkpoint_folder.newest_complete(source.load)
-    if iteration is None or checkpoint_folder.read_manifest(source.load, iteration) is None:
+    tower = _tower(source, described)
+    return Resolved(
+        source=source,
+        language=LanguageConfig.from_folder(os.path.join(source.load, "hf"), "--load"),
+        vision=VisionConfig.from_folder(tower),
+        connector=_connector(source, described),
+        version=source.version or described.version or _missing(source, "--version", "conversation template"),
+        image_aspect_ratio=source.image_aspect_ratio or described.image_aspect_ratio or "pad",
+        iteration_folder=tree.path,
+        model_max_length=described.model_max_length,
+    )
+
+
+def _connector(source: Source, described: checkpoint_folder.CheckpointDescription) -> ConnectorConfig:
+    """The checkpoint's connector; that of --pretrain_mm_mlp_adapter where a language model was imported alone."""
+    was = described.mm_dense_connector_type
+    if not was:
+        kind = source.dense_connector_type or _missing(source, "--mm_dense_connector_type", "connector")
+        if not source.projector:
+            _missing(source, "--pretrain_mm_mlp_adapter", "projector")
+        select_layer = {} if source.select_layer is None else {"select_layer": source.select_layer}
+        return ConnectorConfig(kind, **select_layer)
+    if source.projector:
+        raise UserError("--load holds the projector: drop --pretrain_mm_mlp_adapter")
+    if source.dense_connector_type not in ("", was):
         raise UserError(
-            f"--load {source.load}: holds no complete checkpoint" + (f" of step {iteration}" if iteration else "")
+            f"--mm_dense_connector_type {source.dense_connector_type}: {source.load} was trained with {was}"
         )
-    tower = source.vision_tower or described.vision_tower
+    return ConnectorConfig(was, described.mm_projector_type, described.mm_vision_select_layer)
+
+
+def _tower(source: Source, described: checkpoint_folder.CheckpointDescription) -> str:
+    """The folder of the frozen tower, whose weights are those that were trained with."""
+    tower = source.vision_tower or described.vision_tower or _missing(source, "--vision_tower", "vision tower")
+    carried = os.path.join(source.load, "hf", "vision_tower")
+    if not os.path.isdir(tower) and not source.vision_tower and os.path.isfile(f"{carried}/model.safetensors"):
+        tower = carried  # the folder was moved after it was converted from a model with the tower inside
     if not os.path.isdir(tower):
         raise UserError(
             f"--load {source.load}: its frozen vision tower was {tower}, which is not there; name it:"
             " --vision_tower DIR"
         )
-    if checkpoint_folder.hash_folder_weights(tower) != described.vision_tower_hash:
+    wanted = described.vision_tower_hash
+    if wanted and checkpoint_folder.hash_folder_weights(tower) != wanted:
         raise UserError(f"--vision_tower {tower}: not the weights that {source.load} was trained with")
-    return Resolved(
-        source=source,
-        language=LanguageConfig.from_folder(os.path.join(source.load, "hf"), "--load"),
-        vision=VisionConfig.from_folder(tower),
-        connector=ConnectorConfig(
-            described.mm_dense_connector_type, described.mm_projector_type, described.mm_vision_select_layer
-        ),
-        version=source.version or described.version,
-        image_aspect_ratio=source.image_aspect_ratio or described.image_aspect_ratio,
-        iteration_folder=checkpoint_folder.iteration_folder(source.load, iteration),
-        model_max_length=described.model_max_length,
+    return tower
+
+
+def _missing(source: Source, flag: str, what: str) -> str:
+    raise UserError(
+        f"--load {source.load}: holds a language model alone, and {flag} is missing: give --vision_tower,"
+        f" --mm_dense_connector_type, --pretrain_mm_mlp_adapter and --version, or train the {what} first"
     )
 
 

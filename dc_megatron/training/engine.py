@@ -12,11 +12,13 @@ from dc_megatron.runtime import device, installed, patches
 from dc_megatron.training import run
 from dc_megatron.training.arguments import backend_argv, engine_argv, plan_steps
 from dc_megatron.training.metrics import Clock, MetricsFile, StepCounts
-from dc_megatron.training.resume import refuse_other_tower_weights
+from dc_megatron.training.resume import refuse_damaged_files, refuse_other_tower_weights
 from dc_megatron.weights.checkpoint_folder import write_json
 from dc_megatron.weights.language_loading import LanguageWeights
 from dc_megatron.weights.projector_files import read_projector
-from dc_megatron.weights.vision_tables import vision_state_dict
+from dc_megatron.weights.staged_iteration import clear_staging
+from dc_megatron.weights.torch_dist_tree import check_tree
+from dc_megatron.weights.vision_tables import open_vision_tower
 
 
 def train(checked: run.Checked) -> None:
@@ -29,6 +31,8 @@ def train(checked: run.Checked) -> None:
     device.choose_gpu(local_rank)
     device.limit_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     _check_weights(checked)
+    if checked.settings.verify_checkpoint:
+        refuse_damaged_files(checked.start, rank, world_size)
     config = run.data_config(checked, world_size)
     index = build_or_wait(config, run.index_folder(checked.settings), local_rank, progress=_progress(local_rank))
     plan = run.plan_hash(index.summary.key, index.summary.kept_hash, config)
@@ -57,14 +61,16 @@ def _stand_alone() -> None:
 def _check_weights(checked: run.Checked) -> None:
     """Open whatever weights will be read: headers tell names, shapes and kinds.
 
-    On every rank alike, and before data index and engine: what is wrong is said in seconds. Tensors are mapped into
-    memory, not read.
+    On every rank alike, and before data index and engine: what is wrong is said in seconds. Tensors are not read.
+    Megatron executes parts of a checkpoint, so it sees none that was not checked here.
     """
     settings, language = checked.settings, checked.language
-    if not checked.start.loads:
+    if checked.start.loads:
+        check_tree(checked.start.tree)
+    else:
         LanguageWeights(language.path, language, 0, 1, language.vocab_size)
     refuse_other_tower_weights(checked.start, checked.vision.path, bool(settings.pretrain_mm_mlp_adapter))
-    vision_state_dict(checked.vision.path, checked.vision, checked.connector)
+    open_vision_tower(checked.vision.path, checked.vision, checked.connector)
     if settings.pretrain_mm_mlp_adapter and not checked.start.resumes:
         read_projector(
             settings.pretrain_mm_mlp_adapter,
@@ -179,10 +185,18 @@ def _pretrain(checked: run.Checked, args, index, config, plan: str, words: list[
         session.metrics = MetricsFile(args.save, (args.ckpt_step or 0) if checked.start.resumes else 0)
     if checked.settings.log_images and args.tensorboard_dir:
         session.pictures = _sample_pictures(checked, args, index, config)
+    session.consumed_tokens.update(checked.start.consumed_tokens)
     engine_hooks.install(session)
+
+    def on_ready() -> None:
+        # All ranks have loaded by now: nobody looks at the folder any more to decide what.
+        if args.save and args.rank == 0:
+            clear_staging(args.save)
+        clock.lap()
+
     pretrain(
         pretrain_cfg_container_from_args(args),
-        make_dataset_provider(index, config, checked.vision, plan, loaders, on_ready=clock.lap),
+        make_dataset_provider(index, config, checked.vision, plan, loaders, on_ready=on_ready),
         ModelType.encoder_or_decoder,
         make_forward_step(device.device(), checked.settings.loss_reduction, counts.add),
         make_model_provider(checked),

@@ -1,4 +1,4 @@
-"""The two functions of megatron.training that are wrapped, because the engine has no callbacks.
+"""The functions of megatron.training that are wrapped, because the engine has no callbacks.
 
 Each row names its target, the wrapper, the condition and why; a drift test checks that the targets exist.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.utils import unwrap_model
-from megatron.training import get_args, get_tensorboard_writer
+from megatron.training import checkpointing, get_args, get_tensorboard_writer, print_rank_0
 
 from dc_megatron.data.loader import MicroBatches
 from dc_megatron.errors import UserError
@@ -23,6 +23,7 @@ from dc_megatron.training.run import Checked
 from dc_megatron.training.sample_pictures import SamplePictures
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.projector_files import write_projector
+from dc_megatron.weights.staged_iteration import StagedIteration
 
 
 @dataclass
@@ -39,6 +40,10 @@ class Session:
     metrics: MetricsFile | None = None
     pictures: SamplePictures | None = None
     tower_hash: str | None = None
+    # Tokens that the run has seen since step 0, over all its resumes.
+    consumed_tokens: dict[str, int] = field(default_factory=lambda: {"processed": 0, "supervised": 0})
+    # Called with the folder and the iteration's place after a save, where somebody else wants to hear of it.
+    saved_elsewhere: Callable[[str, str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ def _log_hook(original: Callable, session: Session) -> Callable:
         total_wait = max((loader.data_wait_seconds for loader in session.loaders), default=0.0)
         totals = _sum_over_ranks(session, learning_rate or 0.0, total_wait - waited)
         waited = total_wait
+        session.consumed_tokens["processed"] += int(totals["tokens"])
+        session.consumed_tokens["supervised"] += int(totals["supervised_tokens"])
         bad_images.add(int(totals["images"]), int(totals["substituted_images"]))
         if not last_rank:
             return result
@@ -137,32 +144,43 @@ def _sum_over_ranks(session: Session, learning_rate: float, wait: float) -> dict
 
 
 def _save_hook(original: Callable, session: Session) -> Callable:
-    """``save_checkpoint`` in an empty folder and, after it, projector, side files and last the manifest that makes it
-    complete."""
+    """``save_checkpoint`` beside the iteration's place, and the rename that puts it there when all of it is on disk."""
 
     def save_checkpoint(iteration, model, *args, **kwargs):
-        start = session.checked.start
-        own = os.path.realpath(start.folder) == os.path.realpath(get_args().save)
+        start, engine, rank = session.checked.start, get_args(), torch.distributed.get_rank()
+        folder = engine.save
+        own = os.path.realpath(start.folder) == os.path.realpath(folder)
         if start.resumes and start.iteration == iteration and own:
             # A finished run that was started again has trained nothing; its checkpoint is complete already.
             return None
-        if torch.distributed.get_rank() == 0:
-            checkpoint_folder.discard_iteration(get_args().save, iteration)
+        staged = StagedIteration(folder, iteration)
+        if rank == 0:
+            staged.begin()
         torch.distributed.barrier()
-        result = original(iteration, model, *args, **kwargs)
-        torch.distributed.barrier()
-        if torch.distributed.get_rank() == 0:
-            _write_beside(session, iteration, unwrap_model(model))
+        engine.save = staged.root
+        try:
+            result = original(iteration, model, *args, **kwargs)
+        finally:
+            engine.save = folder
+        digests: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(digests, staged.digests_of_rank(rank))
+        if rank == 0:
+            _write_side_files(session, folder, unwrap_model(model))
+            staged.publish(_position(session), {name: own[name] for own in digests for name in own})
+            print(f"checkpoint of iteration {iteration} is complete: {staged.place}", flush=True)
         if session.pictures is not None:
             session.pictures.write(model[0], iteration, get_tensorboard_writer())
+        if session.saved_elsewhere is not None:
+            session.saved_elsewhere(folder, staged.place)
+            session.saved_elsewhere = None
         session.clock.lap()
         return result
 
     return save_checkpoint
 
 
-def _write_beside(session: Session, iteration: int, chunks: list) -> None:
-    checked, settings, folder = session.checked, session.checked.settings, get_args().save
+def _write_side_files(session: Session, folder: str, chunks: list) -> None:
+    checked, settings = session.checked, session.checked.settings
     connector = trained_connector(chunks)
     if connector is not None:
         write_projector(folder, connector.state_dict(), checked.connector, checked.vision)
@@ -179,13 +197,53 @@ def _write_beside(session: Session, iteration: int, chunks: list) -> None:
         model_max_length=settings.model_max_length,
     )
     checkpoint_folder.write_side_files(folder, settings.model_name_or_path, description)
-    args = get_args()
-    position = {
+
+
+def _position(session: Session) -> dict:
+    """What the manifest says about an iteration besides its files."""
+    engine = get_args()
+    return {
         "plan_hash": session.plan_hash,
-        "consumed_samples": args.consumed_train_samples,
-        "global_batch_size": args.global_batch_size,
+        "consumed_samples": engine.consumed_train_samples,
+        "consumed_tokens": dict(session.consumed_tokens),
+        "global_batch_size": engine.global_batch_size,
     }
-    checkpoint_folder.write_manifest(folder, iteration, position)
+
+
+def _load_hook(original: Callable, session: Session) -> Callable:
+    """The engine's choice of a tree, made by what the manifests said.
+
+    The engine believes its tracker instead, even under --ckpt-step: one that is truncated ends the run with status 0,
+    and one that says ``release`` hides every iteration.
+    """
+
+    def _load_base_checkpoint(load_dir, args, rank0=False, sharded_state_dict=None, checkpointing_context=None, **more):
+        start = session.checked.start
+        if not start.loads or load_dir != start.folder:
+            return original(load_dir, args, rank0, sharded_state_dict, checkpointing_context, **more)
+        release = start.iteration is None
+        iteration = start.iteration or 0
+        checkpointing.set_loaded_iteration(iteration)
+        if not rank0:
+            print_rank_0(f" loading {checkpoint_folder.tree_folder(load_dir, start.iteration)}")
+        more.pop("gpt_compat_layer_maps", None)
+        return checkpointing._load_global_dist_base_checkpoint(
+            load_dir, args, rank0, sharded_state_dict, iteration, release, checkpointing_context, **more
+        )
+
+    return _load_base_checkpoint
+
+
+def _artifact_hook(original: Callable, session: Session) -> Callable:
+    """Weights & Biases hears of a checkpoint when it is in its place, and of that place."""
+
+    def on_save_checkpoint_success(checkpoint_path, tracker_filename, save_dir, iteration):
+        def tell(folder: str, place: str) -> None:
+            original(place, os.path.join(folder, checkpoint_folder.TRACKER), folder, iteration)
+
+        session.saved_elsewhere = tell
+
+    return on_save_checkpoint_success
 
 
 HOOKS = (
@@ -199,7 +257,19 @@ HOOKS = (
         "megatron.training.training:save_checkpoint",
         _save_hook,
         "always",
-        "projector files, side files, and the manifest that tells a complete checkpoint",
+        "projector files, side files, a manifest with hashes, and a rename when all of it is on disk",
+    ),
+    Hook(
+        "megatron.training.checkpointing:_load_base_checkpoint",
+        _load_hook,
+        "always",
+        "what is loaded is decided by manifests; a truncated tracker would end the run with status 0",
+    ),
+    Hook(
+        "megatron.training.wandb_utils:on_save_checkpoint_success",
+        _artifact_hook,
+        "always",
+        "a checkpoint is logged under the name that it has in the end",
     ),
 )
 

@@ -186,6 +186,14 @@ _OUTPUT = (
         engine="--load",
         handed_on=True,
     ),
+    Flag(
+        "verify-checkpoint",
+        bool,
+        False,
+        "read all files of the checkpoint that is loaded and compare their hashes first (Megatron's --verify-integrity"
+        " hashes again, on one rank, and needs to have been given when it was saved)",
+        OUTPUT,
+    ),
     Flag("save_steps", int, 500, "steps between checkpoints", OUTPUT, engine="--save-interval"),
     Flag(
         "save_strategy",

@@ -10,6 +10,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from dc_megatron.inference.assemble import build_model, load_language_model, load_projector, load_vision_tower
 from dc_megatron.model.multimodal_model import DenseConnectorModel
 from dc_megatron.training.run import Checked
+from dc_megatron.weights.torch_dist_tree import TorchDistTree
 
 
 def make_model_provider(checked: Checked) -> Callable:
@@ -48,10 +49,17 @@ def make_model_provider(checked: Checked) -> Callable:
                 checked.names_connector_type,
             )
             model.connector_is_given = checked.start.loads and model.connector is not None
+        elif checked.start.loads and not checked.start.resumes and model.connector is not None:
+            # A language model that was imported alone has no connector: it stays as it was initialised.
+            model.connector_is_given = not _has_connector(checked)
         model.set_trainable(set(settings.trainable))
         return model
 
     return model_provider
+
+
+def _has_connector(checked: Checked) -> bool:
+    return TorchDistTree(checked.start.tree, "--load").has("connector.mlp.0.weight")
 
 
 def trained_connector(model_chunks: list[DenseConnectorModel]):

@@ -57,6 +57,7 @@ class RunSettings:
     max_grad_norm: float
     output_dir: str
     load: str
+    verify_checkpoint: bool
     save_steps: int
     save_strategy: str
     logging_steps: int

@@ -1,32 +1,31 @@
 """What lies in a ``--save`` folder beside Megatron's tree: manifests, the Hugging Face side files, the description.
 
-    DIR/latest_checkpointed_iteration.txt   Megatron's tracker
+    DIR/latest_checkpointed_iteration.txt   Megatron's tracker, which nothing here believes
     DIR/iter_0000500/                       Megatron's torch_dist files, and dc_manifest.json, written last
+    DIR/release/                            the same for a converted model: weights and nothing else
     DIR/hf/                                 config.json and tokenizer of the language model, dc_megatron.json
     DIR/hf/vision_tower/                    config.json and preprocessor_config.json of the tower
 
-An iteration without a manifest that its files agree with was not written to its end.
+A tree without a manifest that its files agree with was not written to its end.
 """
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import json
 import os
 import re
-import shutil
-import uuid
 from dataclasses import asdict, dataclass, replace
 
 import xxhash
 
 from dc_megatron.errors import UserError
+from dc_megatron.weights import durable_files, manifest
+from dc_megatron.weights.manifest import MANIFEST, Manifest
 from dc_megatron.weights.weight_files import find_weights
 
-MANIFEST = "dc_manifest.json"
 DESCRIPTION = "dc_megatron.json"
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
 _ITERATION = re.compile(r"iter_(\d{7,})")
 _TOKENIZER_FILES = re.compile(
     r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*|"
@@ -37,7 +36,11 @@ _VISION_FILES = ("config.json", "preprocessor_config.json")
 
 @dataclass(frozen=True)
 class CheckpointDescription:
-    """What is needed to use a checkpoint and stands in none of its tensors."""
+    """What is needed to use a checkpoint and stands in none of its tensors.
+
+    Empty strings are things that nobody has said yet: a language model that was imported alone has neither tower nor
+    connector.
+    """
 
     vision_tower: str
     vision_tower_hash: str
@@ -49,65 +52,57 @@ class CheckpointDescription:
     model_max_length: int
 
 
+@dataclass(frozen=True)
+class Tree:
+    """A complete tree of Megatron's in ``folder``; ``iteration`` is None for a converted model."""
+
+    folder: str
+    iteration: int | None
+    manifest: Manifest
+
+    @property
+    def path(self) -> str:
+        return tree_folder(self.folder, self.iteration)
+
+
 def iteration_folder(folder: str, iteration: int) -> str:
     return os.path.join(folder, f"iter_{iteration:07d}")
 
 
+def tree_folder(folder: str, iteration: int | None) -> str:
+    """Where the tree of ``iteration`` lies; None: that of a converted model."""
+    return os.path.join(folder, RELEASE) if iteration is None else iteration_folder(folder, iteration)
+
+
 def write_json(path: str, content: dict) -> None:
     """Write ``content`` so that a reader sees the old file or the whole new one, also after a power cut."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    _write_if_new(path, json.dumps(content, indent=1).encode())
 
 
-def _file_sizes(folder: str) -> dict[str, int]:
-    found = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(parent, name)
-            # .nfs: files that somebody deleted and somebody else holds open; they vanish by themselves.
-            if name != MANIFEST and not name.endswith(".tmp") and not name.startswith(".nfs"):
-                found[os.path.relpath(path, folder)] = os.path.getsize(path)
-    return found
-
-
-def discard_iteration(folder: str, iteration: int) -> None:
-    """Remove what an earlier attempt left of an iteration that is about to be written.
-
-    Written over, a manifest of the earlier attempt could vouch for a mixture of both. It is renamed first, to a name
-    that stands for no iteration: deleting takes time, and a run that ends meanwhile must not leave half of it.
-    """
-    target = iteration_folder(folder, iteration)
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(target, f"{target}.discarded-{uuid.uuid4().hex}")
-    # Also those that an earlier run was killed over. What cannot be deleted now is in nobody's way.
-    for aside in glob.glob(f"{glob.escape(target)}.discarded-*"):
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def write_manifest(folder: str, iteration: int, content: dict) -> None:
-    """Declare an iteration complete: every file with its size, and ``content``. Call it when all else is on disk."""
-    target = iteration_folder(folder, iteration)
-    write_json(os.path.join(target, MANIFEST), {"iteration": iteration, **content, "files": _file_sizes(target)})
-
-
-def read_manifest(folder: str, iteration: int) -> dict | None:
-    """The manifest of an iteration, or None where it is absent, unreadable or disagrees with the files.
-
-    Every file that it lists must be there with its size. Others do not matter: file managers, network disks and
-    copying programs leave theirs, and the engine reads none that it did not write.
-    """
-    target = iteration_folder(folder, iteration)
+def _write_if_new(path: str, data: bytes) -> None:
+    """Every save of a run writes the same side files: what is there already costs no write."""
     try:
-        with open(os.path.join(target, MANIFEST), encoding="utf-8") as file:
-            manifest = json.load(file)
-        sizes = manifest["files"].items()
-        return manifest if all(os.path.getsize(os.path.join(target, name)) == size for name, size in sizes) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        with open(path, "rb") as file:
+            if file.read() == data:
+                return
+    except OSError:
+        pass
+    durable_files.write_file(path, data)
+
+
+def write_tracker(folder: str, iteration: int) -> None:
+    """Name the newest iteration as Megatron does, for programs that look there."""
+    durable_files.write_file(os.path.join(folder, TRACKER), str(iteration).encode())
+
+
+def read_manifest(folder: str, iteration: int | None) -> Manifest | None:
+    """The manifest of an iteration (None: of a converted model), or None where the tree is not complete."""
+    return manifest.read_manifest(tree_folder(folder, iteration))[0]
+
+
+def why_incomplete(folder: str, iteration: int | None) -> str:
+    """What keeps a tree from being complete, with the file's name; "" where it is."""
+    return manifest.read_manifest(tree_folder(folder, iteration))[1]
 
 
 def iterations(folder: str) -> list[int]:
@@ -127,13 +122,59 @@ def newest_complete(folder: str) -> tuple[int | None, list[int]]:
     return None, incomplete
 
 
+def find_tree(folder: str, step: int | None = None) -> Tree | None:
+    """The complete tree to take: iteration ``step``; by default the newest iteration, else a converted model."""
+    iteration = newest_complete(folder)[0] if step is None else step
+    found = read_manifest(folder, iteration)
+    return None if found is None else Tree(folder, iteration, found)
+
+
 def is_release(folder: str) -> bool:
-    """Whether the folder holds a converted model (Megatron's ``release`` tree) rather than a training state."""
-    try:
-        with open(os.path.join(folder, TRACKER), encoding="utf-8") as file:
-            return file.read().strip() == "release"
-    except OSError:
-        return False
+    """Whether the folder holds a complete converted model (Megatron's ``release`` tree), whatever the tracker says."""
+    return read_manifest(folder, None) is not None
+
+
+def trees_of_others(folder: str) -> list[str]:
+    """Names of trees that another program wrote: neither a manifest in them nor a description beside them."""
+    if os.path.isfile(os.path.join(folder, "hf", DESCRIPTION)):
+        return []
+    found = [iteration_folder("", iteration) for iteration in iterations(folder)]
+    found += [RELEASE] if os.path.isdir(os.path.join(folder, RELEASE)) else []
+    return [name for name in found if not os.path.isfile(os.path.join(folder, name, MANIFEST))]
+
+
+def what_of_others(folder: str, names: list[str]) -> str:
+    """Why trees of others are no use here, and what to do."""
+    kind = tree_kind(os.path.join(folder, names[0]))
+    return (
+        f"{', '.join(names[:4])} has no {MANIFEST} and there is no hf/{DESCRIPTION}: {_KINDS[kind]} of another program;"
+        " write it as a Hugging Face folder with that program (Megatron-LM's tools/checkpoint, Megatron-Bridge) and"
+        " convert that: tools/convert.py import --hf DIR --save DIR"
+    )
+
+
+_KINDS = {
+    "torch_dist": "a torch_dist tree",
+    "mp_rank": "a legacy tree (mp_rank_XX)",
+    "fsdp_dtensor": "an fsdp_dtensor or torch_dcp tree",
+    "zarr": "a zarr tree",
+    "unknown": "a tree",
+}
+
+
+def tree_kind(path: str) -> str:
+    """``torch_dist``, ``mp_rank`` (legacy), ``fsdp_dtensor`` (or torch_dcp), ``zarr`` or ``unknown``, by file names."""
+    names = os.listdir(path) if os.path.isdir(path) else []
+    if any(name.startswith("mp_rank_") for name in names):
+        return "mp_rank"
+    if "metadata.json" in names:
+        try:
+            with open(os.path.join(path, "metadata.json"), "rb") as file:
+                backend = json.load(file)["sharded_backend"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return "unknown"
+        return backend if backend in ("torch_dist", "zarr") else "unknown"
+    return "fsdp_dtensor" if ".metadata" in names else "unknown"
 
 
 def hash_folder_weights(folder: str, flag: str = "--vision_tower") -> str:
@@ -153,9 +194,11 @@ def hash_folder_weights(folder: str, flag: str = "--vision_tower") -> str:
 def write_side_files(folder: str, language_folder: str, description: CheckpointDescription) -> None:
     """Make the checkpoint usable without the folders it was trained from, save the frozen tower's weights.
 
-    The tower's path is written as an absolute one: the checkpoint may be used from another working folder.
+    The tower's path is written as an absolute one: the checkpoint may be used from another working folder. A file that
+    is there already and differs is replaced by a rename.
     """
-    described = replace(description, vision_tower=os.path.abspath(description.vision_tower))
+    path = description.vision_tower
+    described = replace(description, vision_tower=os.path.abspath(path) if path else "")
     target = os.path.join(folder, "hf")
     tower = os.path.join(target, "vision_tower")
     os.makedirs(tower, exist_ok=True)
@@ -164,14 +207,14 @@ def write_side_files(folder: str, language_folder: str, description: CheckpointD
             _copy(os.path.join(language_folder, name), os.path.join(target, name))
     for name in _VISION_FILES:
         source = os.path.join(description.vision_tower, name)
-        if os.path.isfile(source):
+        if description.vision_tower and os.path.isfile(source):
             _copy(source, os.path.join(tower, name))
     write_json(os.path.join(target, DESCRIPTION), asdict(described))
 
 
 def _copy(source: str, target: str) -> None:
-    if os.path.realpath(source) != os.path.realpath(target):
-        shutil.copyfile(source, target)
+    with open(source, "rb") as file:
+        _write_if_new(target, file.read())
 
 
 def read_description(folder: str, flag: str = "--load") -> CheckpointDescription:
@@ -183,6 +226,9 @@ def read_description(folder: str, flag: str = "--load") -> CheckpointDescription
         with open(path, encoding="utf-8") as file:
             return CheckpointDescription(**json.load(file))
     except FileNotFoundError:
-        raise UserError(f"{flag} {folder}: has no hf/{DESCRIPTION}; give an --output_dir of training") from None
+        raise UserError(
+            f"{flag} {folder}: has no hf/{DESCRIPTION}; give an --output_dir of training or of tools/convert.py import;"
+            " for a copy of one, copy its hf folder as well"
+        ) from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{flag} {folder}: hf/{DESCRIPTION} cannot be read: {error}") from None

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from dc_megatron.config import ConnectorConfig, VisionConfig
 from dc_megatron.weights import checkpoint_folder
+from dc_megatron.weights.durable_files import Digest
+from dc_megatron.weights.manifest import write_manifest
 from dc_megatron.weights.projector_files import projector_shapes, write_projector
 from tests.end_to_end.launch import TRAIN, Finished, run, torchrun
 from tests.helpers.tiny_models import tiny_siglip
@@ -96,15 +98,34 @@ def test_a_wrong_flag_is_refused_at_once(case, workspace, tmp_path):
     assert not (tmp_path / "run").exists(), "a run that was refused leaves no folder"
 
 
+@pytest.mark.parametrize("tracker", ["5", "", "rubbish", None])
 @pytest.mark.parametrize("kind", ["empty", "incomplete"])
-def test_nothing_to_load_is_refused_at_once(kind, workspace, tmp_path):
+def test_nothing_to_load_is_refused_at_once(kind, tracker, workspace, tmp_path):
+    """Whatever the tracker says: the engine ends with status 0, or trains from random weights."""
     source = tmp_path / "source"
-    iteration = Path(checkpoint_folder.iteration_folder(source, 5))
-    (source if kind == "empty" else iteration).mkdir(parents=True)
-    (source / checkpoint_folder.TRACKER).write_text("5")
+    (source / "hf").mkdir(parents=True)
+    if tracker is not None:
+        (source / checkpoint_folder.TRACKER).write_text(tracker)
+    if kind == "incomplete":
+        (source / "hf" / checkpoint_folder.DESCRIPTION).write_text("{}")
+        iteration = Path(checkpoint_folder.iteration_folder(source, 5))
+        iteration.mkdir()
+        write_manifest(str(iteration), {}, {"__0_0.distcp": Digest(10, "0" * 16)})
     done = plain(workspace, tmp_path, load=str(source)).assert_refused(f"--load {source}", "no complete checkpoint")
-    assert ("incomplete: 5" in done.messages[0]) == (kind == "incomplete")
+    assert ("iter_0000005: __0_0.distcp is missing" in done.messages[0]) == (kind == "incomplete")
+    assert done.status == 2
     assert done.seconds < AT_ONCE
+
+
+def test_a_tree_of_plain_megatron_is_refused_with_what_to_do(workspace, tmp_path):
+    iteration = tmp_path / "source" / "iter_0000005"
+    iteration.mkdir(parents=True)
+    (iteration / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    done = plain(workspace, tmp_path, load=str(tmp_path / "source"))
+    done.assert_refused(
+        f"--load {tmp_path / 'source'}", "torch_dist tree of another program", "tools/convert.py import"
+    )
+    assert done.status == 2
 
 
 def test_a_config_that_is_no_json_is_named(workspace, tmp_path):

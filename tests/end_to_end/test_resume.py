@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dc_megatron.weights import checkpoint_folder
+from dc_megatron.weights.manifest import MANIFEST
 from tests.end_to_end.launch import TRAIN, Launch, last_iteration, metrics, run, torchrun
 from tests.helpers.workspace import training_flags
 
@@ -51,10 +52,12 @@ def leave_half_written(output: Path) -> None:
     """Later iterations as a crash may leave them: one without manifest, one whose manifest misses a file."""
     complete = Path(checkpoint_folder.iteration_folder(output, SAVE_STEPS))
     without_manifest = Path(shutil.copytree(complete, checkpoint_folder.iteration_folder(output, 2 * SAVE_STEPS)))
-    (without_manifest / checkpoint_folder.MANIFEST).unlink()
+    (without_manifest / MANIFEST).unlink()
     file_lost = Path(shutil.copytree(complete, checkpoint_folder.iteration_folder(output, 3 * SAVE_STEPS)))
     next(file_lost.glob("*.distcp")).unlink()
-    (output / checkpoint_folder.TRACKER).write_text(str(3 * SAVE_STEPS))
+    # The engine would end here with status 0 if it were asked.
+    (output / checkpoint_folder.TRACKER).write_text("")
+    (output / f".saving-iter_{5 * SAVE_STEPS:07d}" / f"iter_{5 * SAVE_STEPS:07d}").mkdir(parents=True)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,14 @@ def test_after_kill_9_the_same_flags_go_on_bit_for_bit_from_the_newest_complete_
     assert checkpoint_folder.newest_complete(output) == (STEPS, [])
     # What was half written was written again, and counts now.
     assert all(checkpoint_folder.read_manifest(output, iteration) for iteration in range(4, STEPS + 1, SAVE_STEPS))
+    assert not list(output.glob(".saving-*"))
+    assert (output / checkpoint_folder.TRACKER).read_text() == str(STEPS)
+    # Tokens are counted on over the resume.
+    position = checkpoint_folder.read_manifest(output, STEPS).content
+    assert position["consumed_tokens"] == {
+        "processed": sum(line["tokens"] for line in metrics(output)),
+        "supervised": sum(line["supervised_tokens"] for line in metrics(output)),
+    }
 
 
 @pytest.mark.long
@@ -147,8 +158,8 @@ def test_sigusr1_saves_and_exits_and_a_stage_without_parameters_that_learn_resum
     assert last < 5000
 
     output.mkdir()
-    iteration = checkpoint_folder.iteration_folder("", SAVE_STEPS)
-    shutil.copytree(stopped / iteration, output / iteration)
+    for name in ("hf", checkpoint_folder.iteration_folder("", SAVE_STEPS)):
+        shutil.copytree(stopped / name, output / name)
     shutil.copy(stopped / "metrics.jsonl", output)
     run(command(workspace, output, **flags), output / "logs").assert_succeeded()
     assert_same_steps(output, stopped, SAVE_STEPS, STEPS)

@@ -12,7 +12,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 # Flags that neither LLaVA nor Megatron has.
 OURS = (
     *("trainable", "packing", "data-order", "image-backend", "max-bad-sample-rate", "index-folder"),
-    *("loss-reduction", "log-images"),
+    *("loss-reduction", "log-images", "verify-checkpoint"),
 )
 # Flags that keep the meaning they have in Megatron, under Megatron's name.
 MEGATRONS = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+from types import SimpleNamespace
 
 from dc_megatron.errors import UserError
 
@@ -53,6 +54,61 @@ class _Session:
 
     checked = _Checked
     images_of_an_epoch = 10
+
+
+def parameters_of_the_inner_load() -> list[str]:
+    """Of the engine's function that loads a torch_dist tree which was already chosen."""
+    from megatron.training import checkpointing
+
+    return list(inspect.signature(checkpointing._load_global_dist_base_checkpoint).parameters)
+
+
+def asked_to_load(folder: str, iteration: int | None, load_dir: str | None = None):
+    """(folder, iteration, release, iteration told to the engine) that the hook makes of a Start, or what it leaves."""
+    from unittest import mock
+
+    from megatron.training import checkpointing
+
+    from dc_megatron.training import engine_hooks
+    from dc_megatron.training.resume import Start
+
+    session = SimpleNamespace(checked=SimpleNamespace(start=Start([], [], True, folder=folder, iteration=iteration)))
+    hook = engine_hooks._load_hook(lambda *a, **k: "left to the engine", session)
+    told = []
+    with (
+        mock.patch.object(checkpointing, "set_loaded_iteration", told.append),
+        mock.patch.object(checkpointing, "_load_global_dist_base_checkpoint", lambda *a, **k: (a, k)),
+    ):
+        # As load_checkpoint calls it.
+        found = hook(
+            load_dir or folder,
+            "args",
+            False,
+            sharded_state_dict={},
+            checkpointing_context=None,
+            dp_cp_group="dp",
+            expt_dp_group=None,
+            gpt_compat_layer_maps=None,
+        )
+    if found == "left to the engine":
+        return found
+    given, named = found
+    assert given[1:4] == ("args", False, {})
+    assert given[6] is None
+    assert named == {"dp_cp_group": "dp", "expt_dp_group": None}
+    return (given[0], given[4], given[5], told[0])
+
+
+def told_of_a_save() -> tuple:
+    """What Weights & Biases is told, when the save hook lets it."""
+    from dc_megatron.training import engine_hooks
+
+    session, told = SimpleNamespace(saved_elsewhere=None), []
+    hook = engine_hooks._artifact_hook(lambda *a: told.append(a), session)
+    hook("run/.saving-iter_0000004/iter_0000004", "run/.saving-iter_0000004/latest", "run/.saving-iter_0000004", 4)
+    assert told == []
+    session.saved_elsewhere("run", "run/iter_0000004")
+    return told[0]
 
 
 def bad_images(rate: float, images_of_an_epoch: int, steps: list[tuple[int, int]]) -> tuple[int, str]:

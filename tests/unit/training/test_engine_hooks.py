@@ -13,10 +13,12 @@ def hooks(workers) -> dict[str, dict]:
     return {row["target"].split(":")[1]: row for row in rows}
 
 
-def test_exactly_two_functions_are_wrapped_each_with_a_reason(hooks):
+def test_exactly_four_functions_are_wrapped_each_with_a_reason(hooks):
     assert sorted(row["target"] for row in hooks.values()) == [
+        "megatron.training.checkpointing:_load_base_checkpoint",
         "megatron.training.training:save_checkpoint",
         "megatron.training.training:training_log",
+        "megatron.training.wandb_utils:on_save_checkpoint_success",
     ]
     assert all(row["condition"] == "always" and len(row["why"].split()) > 3 for row in hooks.values())
 
@@ -43,6 +45,36 @@ def test_save_checkpoint_takes_and_gets_what_the_hook_reads(hooks):
         assert positional[0] in ("iteration", "args.iteration")
         assert positional[1] == "model"
         assert not set(keywords) & {"iteration", "model"}
+
+
+def test_the_engine_loads_through_the_hook_with_the_arguments_that_it_hands_on(hooks, workers):
+    row = hooks["_load_base_checkpoint"]
+    first = ["load_dir", "args", "rank0", "sharded_state_dict", "checkpointing_context"]
+    assert row["parameters"][:5] == row["wrapped"][:5] == first
+    assert row["positional"]
+    assert all(positional[:2] == ["load_dir", "args"] for positional in row["positional"])
+    (inner,) = workers.run(f"{WORKER}:parameters_of_the_inner_load", 1)
+    assert inner[:4] == ["load_dir", "args", "rank0", "sharded_state_dict"]
+    assert inner[4:] == ["iteration", "release", "checkpointing_context", "dp_cp_group", "expt_dp_group"]
+    # What is handed on by name is known there, but for the one that torch_dist trees have no use for.
+    assert set(row["parameters"][5:]) - {"gpt_compat_layer_maps"} <= set(inner)
+
+
+@pytest.mark.parametrize("iteration", [7, None])
+def test_what_is_loaded_does_not_depend_on_a_tracker(workers, iteration, tmp_path):
+    (asked,) = workers.run(f"{WORKER}:asked_to_load", 1, str(tmp_path), iteration)
+    assert asked == (str(tmp_path), iteration or 0, iteration is None, iteration or 0)
+
+
+def test_other_folders_are_left_to_the_engine(workers, tmp_path):
+    (asked,) = workers.run(f"{WORKER}:asked_to_load", 1, str(tmp_path), 7, str(tmp_path / "other"))
+    assert asked == "left to the engine"
+
+
+def test_others_hear_of_a_checkpoint_when_it_is_in_its_place(hooks, workers):
+    assert hooks["on_save_checkpoint_success"]["parameters"] == hooks["on_save_checkpoint_success"]["wrapped"]
+    (told,) = workers.run(f"{WORKER}:told_of_a_save", 1)
+    assert told == ("run/iter_0000004", "run/latest_checkpointed_iteration.txt", "run", 4)
 
 
 def test_install_puts_a_wrapper_around_each_original(workers):

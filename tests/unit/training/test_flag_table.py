@@ -20,8 +20,8 @@ seq_length packing data_order image_backend max_bad_sample_rate index_folder dat
 tune_mm_mlp_adapter freeze_backbone num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
 global_batch_size micro_batch_size loss_reduction gradient_checkpointing bf16 fp16 learning_rate min_lr
 lr_scheduler_type warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm output_dir
-load save_steps save_strategy logging_steps report_to logging_dir log_images tensor_model_parallel_size
-pipeline_model_parallel_size sequence_parallel
+load verify_checkpoint save_steps save_strategy logging_steps report_to logging_dir log_images
+tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel
 """)
 EXPLAINED_NAMES = shlex.split("""
 deepspeed evaluation_strategy eval_strategy per_device_eval_batch_size lazy_preprocess tf32 group_by_modality_length

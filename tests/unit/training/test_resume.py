@@ -13,24 +13,36 @@ from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
 from dc_megatron.errors import UserError
 from dc_megatron.training.argv import translate
 from dc_megatron.training.resume import (
+    Start,
     choose_start,
     refuse_another_batch,
     refuse_another_model,
+    refuse_damaged_files,
     refuse_other_tower_weights,
 )
 from dc_megatron.weights import checkpoint_folder
+from dc_megatron.weights.durable_files import hash_file
+from dc_megatron.weights.manifest import MANIFEST, write_manifest
 from tests.helpers.tiny_models import tiny_clip, tiny_llama
 
 
-def save(folder, iteration: int, complete: bool = True, plan_hash: str = "plan") -> None:
-    """A checkpoint of ``iteration`` as the engine and the save hook leave it."""
-    target = folder / f"iter_{iteration:07d}"
+def save(folder, iteration: int | None, complete: bool = True, **content) -> None:
+    """A tree of ``iteration`` (None: of a converted model) as the engine and the save hook leave it."""
+    target = folder / (checkpoint_folder.RELEASE if iteration is None else f"iter_{iteration:07d}")
     target.mkdir(parents=True)
-    (target / "__0_0.distcp").write_bytes(b"x" * iteration)
-    (target / "metadata.json").write_text("{}")
-    if complete:
-        checkpoint_folder.write_manifest(str(folder), iteration, {"plan_hash": plan_hash})
-    (folder / checkpoint_folder.TRACKER).write_text(str(iteration))
+    (target / "__0_0.distcp").write_bytes(b"x" * (iteration or 1))
+    (target / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    manifest(target, **{"iteration": iteration, "plan_hash": "plan", **content})
+    if not complete:
+        (target / "__0_0.distcp").unlink()
+    (folder / "hf").mkdir(exist_ok=True)
+    (folder / "hf" / checkpoint_folder.DESCRIPTION).touch()
+    (folder / checkpoint_folder.TRACKER).write_text("release" if iteration is None else str(iteration))
+
+
+def manifest(target, **content) -> None:
+    files = {name: hash_file(target / name) for name in os.listdir(target) if name != MANIFEST}
+    write_manifest(str(target), content, files)
 
 
 def start(line: str):
@@ -162,13 +174,45 @@ def test_load_the_folder_that_is_saved_to_by_another_name(own, tmp_path):
     assert_loads(start(f"--output_dir {own} --load {tmp_path / 'link'}"), own, 6, resumes=True)
 
 
-def test_a_converted_model_is_loaded_without_a_step(own, other):
-    (other / "release").mkdir()
-    (other / checkpoint_folder.TRACKER).write_text("release\n")
+TRACKERS = ["release\n", "7", "", "rubbish", "\0\xff", None]
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+@pytest.mark.parametrize("finetune", ["", " --finetune"])
+def test_a_converted_model_gives_its_weights_whatever_the_tracker_says(own, other, tracker, finetune):
+    save(other, None)
+    if tracker is None:
+        (other / checkpoint_folder.TRACKER).unlink()
+    else:
+        (other / checkpoint_folder.TRACKER).write_text(tracker)
+    begun = start(f"--output_dir {own} --load {other}{finetune}")
+    assert (begun.loads, begun.resumes, begun.iteration) == (True, False, None)
+    assert begun.tree == str(other / "release")
+    got = options(begun.words)
+    assert got["--load"] == [str(other)]
+    assert "--finetune" in got
+    assert "--ckpt-step" not in got
+    assert f"weights are taken from the converted model in {other}" in begun.notes
+
+
+def test_an_iteration_goes_before_the_converted_model_beside_it(own, other):
+    save(other, None)
+    save(other, 8)
+    save(other, 12, complete=False)
+    assert_loads(start(f"--output_dir {own} --load {other}"), other, 8, resumes=True)
+    (other / "iter_0000008" / MANIFEST).unlink()
     begun = start(f"--output_dir {own} --load {other}")
-    assert (begun.loads, begun.resumes) == (True, False)
-    assert options(begun.words)["--load"] == [str(other)]
-    assert "--ckpt-step" not in begun.words
+    assert begun.tree == str(other / "release")
+    assert "iteration 12, 8 was not written to its end; the converted model is taken" in begun.notes[0]
+
+
+def test_a_model_converted_into_the_folder_that_is_saved_to(own, other):
+    save(own, None)
+    for line in (f"--output_dir {own}", f"--output_dir {own} --load {own}"):
+        begun = start(line)
+        assert (begun.tree, begun.resumes) == (str(own / "release"), False)
+    save(own, 4)
+    assert_loads(start(f"--output_dir {own}"), own, 4, resumes=True)
 
 
 def test_nothing_at_load_is_refused(own, other, tmp_path):
@@ -177,8 +221,33 @@ def test_nothing_at_load_is_refused(own, other, tmp_path):
     with pytest.raises(UserError, match=r"--load .*other: holds no complete checkpoint; give"):
         start(f"--output_dir {own} --load {other}")
     save(other, 5, complete=False)
-    with pytest.raises(UserError, match=r"holds no complete checkpoint \(incomplete: 5\)"):
+    with pytest.raises(UserError, match=r"holds no complete checkpoint \(iter_0000005: __0_0.distcp is missing\)"):
         start(f"--output_dir {own} --load {other}")
+    save(other, None, complete=False)
+    with pytest.raises(UserError, match=r"no complete checkpoint \(iter_0000005: .*; release: __0_0.distcp is missing"):
+        start(f"--output_dir {own} --load {other}")
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (["metadata.json"], "a torch_dist tree"),
+        (["mp_rank_00/model_optim_rng.pt"], "a legacy tree (mp_rank_XX)"),
+        ([".metadata", "__0_0.distcp"], "an fsdp_dtensor or torch_dcp tree"),
+        (["something"], "a tree of another program"),
+    ],
+)
+@pytest.mark.parametrize("name", ["iter_0000005", "release"])
+def test_trees_of_other_programs_are_refused_with_what_to_do(own, other, files, kind, name):
+    """Also in --output_dir: a save would take the place of another program's iteration."""
+    for file in files:
+        (other / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (other / name / file).write_text('{"sharded_backend": "torch_dist"}')
+    for line in (f"--output_dir {own} --load {other}", f"--output_dir {other}"):
+        with pytest.raises(UserError, match=r"tools/convert.py import --hf DIR") as refused:
+            start(line)
+        assert f"{other}: {name} has no {MANIFEST}" in str(refused.value)
+        assert kind in str(refused.value)
 
 
 def test_other_words_for_the_engine_are_kept(own):
@@ -191,19 +260,19 @@ def test_other_words_for_the_engine_are_kept(own):
 
 def test_a_manifest_agrees_with_the_files(own):
     save(own, 10)
-    manifest = checkpoint_folder.read_manifest(str(own), 10)
-    assert manifest["iteration"] == 10
-    assert manifest["files"] == {"__0_0.distcp": 10, "metadata.json": 2}
+    found = checkpoint_folder.read_manifest(str(own), 10)
+    assert found.content == {"iteration": 10, "plan_hash": "plan"}
+    assert {name: digest.size for name, digest in found.files.items()} == {"__0_0.distcp": 10, "metadata.json": 33}
 
 
 @pytest.mark.parametrize(
-    "damage", ["shorter", "longer", "removed", "half a manifest", "no files in it", "files in a list"]
+    "damage", ["shorter", "longer", "removed", "half a manifest", "no files in it", "of an earlier version"]
 )
 def test_files_that_disagree_with_the_manifest_make_a_checkpoint_incomplete(own, damage):
     save(own, 10)
     save(own, 20)
     target = own / "iter_0000020"
-    manifest = target / checkpoint_folder.MANIFEST
+    written = target / MANIFEST
     if damage == "shorter":
         os.truncate(target / "__0_0.distcp", 19)
     elif damage == "longer":
@@ -211,12 +280,14 @@ def test_files_that_disagree_with_the_manifest_make_a_checkpoint_incomplete(own,
     elif damage == "removed":
         (target / "metadata.json").unlink()
     elif damage == "half a manifest":
-        os.truncate(manifest, manifest.stat().st_size // 2)
+        os.truncate(written, written.stat().st_size // 2)
     elif damage == "no files in it":
-        manifest.write_text(json.dumps({"iteration": 20}))
+        written.write_text(json.dumps({"iteration": 20}))
     else:
-        manifest.write_text(json.dumps({"iteration": 20, "files": ["metadata.json"]}))
+        written.write_text(json.dumps({"iteration": 20, "files": {"__0_0.distcp": 20, "metadata.json": 33}}))
     assert checkpoint_folder.newest_complete(str(own)) == (10, [20])
+    assert checkpoint_folder.find_tree(str(own)).iteration == 10
+    assert checkpoint_folder.find_tree(str(own), 20) is None
 
 
 def test_files_of_others_do_not_make_a_checkpoint_incomplete(own):
@@ -224,35 +295,44 @@ def test_files_of_others_do_not_make_a_checkpoint_incomplete(own):
     for name in (".nfs000000000123", ".DS_Store", ".metadata.json.Xy3z"):
         (own / "iter_0000020" / name).write_bytes(b"x")
     assert checkpoint_folder.newest_complete(str(own)) == (20, [])
-    # Neither does one that was there when the manifest was written, and vanished.
-    checkpoint_folder.write_manifest(str(own), 20, {})
-    (own / "iter_0000020" / ".nfs000000000123").unlink()
-    assert checkpoint_folder.newest_complete(str(own)) == (20, [])
 
 
-def test_a_discarded_iteration_is_never_seen_half_deleted(own, monkeypatch):
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "metadata.json"])
+def test_a_flipped_bit_is_found_by_one_rank_before_loading(own, world_size, name):
+    save(own, 8)
     save(own, 10)
-    save(own, 20)
+    begun = start(f"--output_dir {own}")
+    for rank in range(world_size):
+        refuse_damaged_files(begun, rank, world_size)
+    path = own / "iter_0000010" / name
+    data = path.read_bytes()
+    path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    said = []
+    for rank in range(world_size):
+        try:
+            refuse_damaged_files(begun, rank, world_size)
+        except UserError as error:
+            said.append(str(error))
+    (message,) = said
+    assert message.startswith(f"--verify-checkpoint: {own / 'iter_0000010'}: {name} is damaged")
+    assert message.endswith("iteration 8 is complete as well: --ckpt-step 8 goes on from there")
 
-    def killed(path, **_):
-        assert os.listdir(path), "there should be something to delete"
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_folder.shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoint_folder.discard_iteration(str(own), 20)
-    assert checkpoint_folder.iterations(str(own)) == [10]
-    # The next attempt deletes what the first one left, beside its own.
-    save(own, 20)
-    checkpoint_folder.discard_iteration(str(own), 20)
-    checkpoint_folder.discard_iteration(str(own), 30)
-    assert sorted(os.listdir(own)) == ["iter_0000010", checkpoint_folder.TRACKER]
+def test_a_damaged_checkpoint_without_an_older_one(own, other):
+    for iteration, words in ((None, "convert the model again"), (10, "there is no older complete iteration")):
+        folder = own if iteration is None else other
+        save(folder, iteration)
+        begun = start(f"--output_dir {folder}")
+        (folder / os.path.basename(begun.tree) / "metadata.json").write_text("{" * 33)
+        with pytest.raises(UserError, match=words):
+            refuse_damaged_files(begun, 0, 1)
+    refuse_damaged_files(Start([], []), 0, 1)
 
 
 def test_only_iteration_folders_count(own):
     save(own, 3)
-    for name in ("iter_0000009.tmp", "release", "hf", "iter_x"):
+    for name in ("iter_0000009.tmp", ".saving-iter_0000009", "release", "iter_x"):
         (own / name).mkdir()
     assert checkpoint_folder.iterations(str(own)) == [3]
     assert checkpoint_folder.iterations(str(own / "absent")) == []
@@ -351,6 +431,36 @@ def test_the_towers_path_holds_from_everywhere(tmp_path, monkeypatch):
     assert os.path.isfile(tmp_path / "run" / "hf" / "vision_tower" / "config.json")
 
 
+def test_tokens_are_counted_on_where_a_run_resumes(own, other):
+    save(other, 4, consumed_tokens={"processed": 100, "supervised": 30})
+    assert start(f"--output_dir {own} --load {other}").consumed_tokens == {"processed": 100, "supervised": 30}
+    assert start(f"--output_dir {own} --load {other} --finetune").consumed_tokens == {}
+
+
+def test_a_language_model_imported_alone_is_taken_with_any_tower_and_connector(tmp_path):
+    language = LanguageConfig.from_folder(tiny_llama(tmp_path / "llama", layers=2))
+    vision = VisionConfig.from_folder(tiny_clip(tmp_path / "clip"))
+    save(tmp_path / "imported", None)
+    alone = checkpoint_folder.CheckpointDescription("", "", "", "mlp2x_gelu", -2, "", "", 2048)
+    checkpoint_folder.write_side_files(str(tmp_path / "imported"), language.path, alone)
+    assert checkpoint_folder.read_description(str(tmp_path / "imported")) == alone
+    begun = start(f"--load {tmp_path / 'imported'} --output_dir {tmp_path / 'run'}")
+    for kind in ("dci", "sti"):
+        refuse_another_model(begun, language, vision, ConnectorConfig(kind), False)
+    refuse_other_tower_weights(begun, vision.path, False)
+    with pytest.raises(UserError, match="vocab_size"):
+        refuse_another_model(begun, replace(language, vocab_size=512), vision, ConnectorConfig("dci"), False)
+
+
+def test_a_checkpoint_without_its_side_files_is_refused(own, tmp_path):
+    language = LanguageConfig.from_folder(tiny_llama(tmp_path / "llama", layers=2))
+    vision = VisionConfig.from_folder(tiny_clip(tmp_path / "clip"))
+    save(own, 4)
+    (own / "hf" / checkpoint_folder.DESCRIPTION).unlink()
+    with pytest.raises(UserError, match=r"has no hf/dc_megatron.json; .* copy its hf folder as well"):
+        refuse_another_model(start(f"--output_dir {own}"), language, vision, ConnectorConfig("dci"), False)
+
+
 def test_a_typed_step_is_honoured(own, other):
     for folder in (own, other):
         save(folder, 4)
@@ -363,8 +473,7 @@ def test_a_typed_step_is_honoured(own, other):
 
 
 def test_another_global_batch_is_refused(own):
-    save(own, 4)
-    checkpoint_folder.write_manifest(str(own), 4, {"plan_hash": "plan", "global_batch_size": 128})
+    save(own, 4, global_batch_size=128)
     begun = start(f"--output_dir {own}")
     refuse_another_batch(begun, 128)
     with pytest.raises(UserError, match=r"--global-batch-size 64 .* give --global-batch-size 128"):
