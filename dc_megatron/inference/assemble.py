@@ -13,6 +13,7 @@ from dc_megatron.model.multimodal_model import DenseConnectorModel
 from dc_megatron.model.vision_tower import FrozenVisionTower
 from dc_megatron.weights.language_loading import LanguageWeights
 from dc_megatron.weights.projector_files import read_projector
+from dc_megatron.weights.torch_dist_tree import check_tree
 from dc_megatron.weights.vision_tables import vision_state_dict
 
 
@@ -95,5 +96,6 @@ def load_checkpoint(model: DenseConnectorModel, folder: str) -> None:
     """Fill the model from one iteration's ``torch_dist`` folder, written at whatever layout."""
     from megatron.core import dist_checkpointing
 
+    check_tree(folder)
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)
     model.load_state_dict(state["model"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import queue
 import sys
 from collections.abc import Callable
@@ -246,6 +247,17 @@ def _show_hidden() -> None:
     _hidden.clear()
 
 
+def _load_weights_only() -> None:
+    """No torch.load of this process executes a pickle, whatever its caller asked for.
+
+    torch.distributed.checkpoint asks for the opposite where it reads objects of a checkpoint. torch looks at the
+    variable in every call; Megatron's own classes are made known to its weights-only unpickler.
+    """
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    importlib.import_module("megatron.core.safe_globals").register_safe_globals()
+
+
 def apply(training: bool = False) -> list[str]:
     """Install the rows whose condition holds; with ``training`` those of megatron.training as well.
 
@@ -255,6 +267,7 @@ def apply(training: bool = False) -> list[str]:
     """
     noise.leave_out_expected()
     _hide_unusable()
+    _load_weights_only()
     for row in CORE_ROWS + (TRAINING_ROWS if training else []):
         if row.target in _applied or not CONDITIONS[row.condition]():
             continue

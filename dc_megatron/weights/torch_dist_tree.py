@@ -296,7 +296,8 @@ def _refuse_fp8(tensors: dict[str, StoredTensor], what: str) -> None:
         if key.startswith(("language_model.", "model.")) and tensor.dtype in (torch.uint8, *_FLOAT8):
             raise UserError(
                 f"{what}: {key} is stored as {tensor.dtype}: a checkpoint with FP8 primary weights"
-                f" (--fp8-param-gather), which is not read here: load it with the run that wrote it and {_SAVE_AGAIN} without that flag"
+                f" (--fp8-param-gather), which is not read here: load it with the run that wrote it and {_SAVE_AGAIN}"
+                " without that flag"
             )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dc_megatron.config import ConnectorConfig, VisionConfig, layer_table
 from dc_megatron.errors import UserError
 from dc_megatron.weights.names import refuse_wrong_names, refuse_wrong_shape
-from dc_megatron.weights.safetensors_files import open_checkpoint
+from dc_megatron.weights.safetensors_files import Checkpoint, open_checkpoint
 from dc_megatron.weights.tensor_reader import TensorReader
 
 # Levels in front of the tower's own names, as LLaVA, transformers and older transformers write them.
@@ -33,12 +33,19 @@ def vision_state_dict(
 
     Layers that ``connector`` reads must be there; layers above them and ``post_layernorm`` are returned where the
     folder has them. Without ``connector`` every layer must be, save SigLIP's last, which no connector reads. The
-    pooling head of SigLIP is never returned. dtype as on file; tensors may share memory with the files. UserError:
-    names missing or left over, shapes other than those of ``vision``.
+    pooling head of SigLIP is never returned. dtype as on file, in memory of their own. UserError: names missing or left
+    over, shapes other than those of ``vision``.
     """
-    checkpoint = open_checkpoint(folder, flag)
-    names = tower_names(checkpoint, checkpoint.names(), vision, connector, f"{flag} {folder}")
+    checkpoint, names = open_vision_tower(folder, vision, connector, flag)
     return {key: checkpoint.read(name) for key, name in names.items()}
+
+
+def open_vision_tower(
+    folder: str, vision: VisionConfig, connector: ConnectorConfig | None = None, flag: str = "--vision_tower"
+) -> tuple[Checkpoint, dict[str, str]]:
+    """The folder, and the name in it for each key of ``vision_state_dict``. Checks as that does, reads no tensor."""
+    checkpoint = open_checkpoint(folder, flag)
+    return checkpoint, tower_names(checkpoint, checkpoint.names(), vision, connector, f"{flag} {folder}")
 
 
 def tower_names(
