@@ -7,10 +7,10 @@ ours. Its results are those of training:
   every stretch (transformers 5 rebuilds a LlamaTokenizer with another rule, so the class written is the generic
   PreTrainedTokenizerFast), ``<image>`` as a special token, BOS where training had one. What was written is loaded and
   asked before it is handed over; a difference is an error.
-- Pixels. Bit-equal to image_reference.py on the PIL backend: always in transformers 4's slow processors and in
-  transformers 5 without torchvision. Where torchvision is installed transformers 5 takes it instead, and its bicubic
-  resizing of bytes rounds differently; ``AutoProcessor.from_pretrained(folder, backend="pil")`` asks for PIL. No file
-  can ask for that.
+- Pixels. Bit-equal to image_reference.py on the PIL backend: the slow processors of transformers 4, and transformers 5
+  without torchvision. Where torchvision is installed transformers 5 takes it instead, and its bicubic resizing rounds
+  differently: by up to two steps of a byte, seen with torchvision 0.26. ``AutoProcessor.from_pretrained(folder,
+  backend="pil")`` asks for PIL; no file can ask for it.
 - BOS is left to the tokenizer for templates that do not spell it (all but Llama 3's). Servers that tokenise a rendered
   chat without special tokens (vLLM's chat endpoint) must be told to add them: ``"add_special_tokens": true``.
 """
@@ -142,7 +142,7 @@ def _write_tokenizer(
             f" {backend.token_to_id(IMAGE_MARK)}; use that"
         )
     backend.save(os.path.join(folder, "tokenizer.json"))
-    _write_json(folder, "tokenizer_config.json", _tokenizer_config(source, adds_bos, model_max_length))
+    _write_json(folder, "tokenizer_config.json", _tokenizer_config(source, adds_bos, vocab_rows, model_max_length))
 
 
 def _insert_image_token(content: dict, image_token_id: int, vocab_rows: int, folder: str) -> None:
@@ -196,11 +196,12 @@ def _adds_bos(source: TextTokenizer, version: str) -> bool:
     return source.adds_bos and source.encode(template(version).system)[0][:1] != [source.bos_id]
 
 
-def _tokenizer_config(source: TextTokenizer, adds_bos: bool, model_max_length: int) -> dict:
+def _tokenizer_config(source: TextTokenizer, adds_bos: bool, vocab_rows: int, model_max_length: int) -> dict:
     original = source.hugging_face
     tokens = {"bos_token": original.bos_token, "eos_token": original.eos_token, "unk_token": original.unk_token}
     # Batches need padding, which no position attends to: an existing token will do, a new one would need a row.
-    tokens["pad_token"] = original.pad_token or original.unk_token or original.eos_token
+    padding = [t for t in (original.pad_token, original.unk_token, original.eos_token) if t is not None]
+    tokens["pad_token"] = next((t for t in padding if original.convert_tokens_to_ids(t) < vocab_rows), None)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{name: str(token) for name, token in tokens.items() if token is not None},

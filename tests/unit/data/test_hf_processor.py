@@ -224,6 +224,22 @@ def test_a_batch_is_padded_on_the_left_and_masked(exported, pictures, name, vers
     assert processor.tokenizer.pad_token_id < ROWS
 
 
+def test_a_padding_token_without_a_row_is_not_used(tmp_path):
+    """As Llama 3 folders have it whose pad token was added and whose embedding was not resized."""
+    source = llama_3_tokenizer(tmp_path / "in", reserved=1)
+    rows = len(load_tokenizer(source).hugging_face.get_vocab())
+    with open(os.path.join(source, "tokenizer_config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    with open(os.path.join(source, "tokenizer_config.json"), "w", encoding="utf-8") as file:
+        json.dump({**config, "pad_token": "[PAD]"}, file)
+    place = image_token(source, rows)
+    assert place.rows == rows
+    folder, _ = write(tmp_path / "out", source, "llama_3", image_token_id=place.token_id, vocab_rows=rows)
+    assert AutoProcessor.from_pretrained(folder).tokenizer.pad_token == "<|eot_id|>"
+    folder, _ = write(tmp_path / "larger", source, "llama_3", image_token_id=place.token_id, vocab_rows=rows + 1)
+    assert AutoProcessor.from_pretrained(folder).tokenizer.pad_token == "[PAD]"
+
+
 @pytest.mark.parametrize(("name", "version"), PAIRS)
 def test_answers_are_decoded_as_in_training(exported, name, version):
     processor, _, tokenizer = exported(name, version)
