@@ -134,6 +134,7 @@ def open_hf_llava(folder: str, config: dict, flag: str, vision_tower: str = "") 
         processor_config=processor,
         image_aspect_ratio="anyres" if grid else "pad" if (processor or {}).get("do_pad") else "square",
         image_grid_pinpoints=grid,
+        image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
     )
 
 
@@ -340,8 +341,9 @@ def _names(model: ModelFolder, tower: TensorReader) -> dict[str, str]:
 
 def _image_token(model: ModelFolder) -> tuple[int, int]:
     """(the id of the picture's token, rows of the embedding that then are needed)."""
-    ids = tokenizer_ids(model.config_folder) or {}
-    token = image_token_id(ids, model.language.vocab_size)
+    token = model.image_token_id
+    if token is None:
+        token = image_token_id(tokenizer_ids(model.config_folder) or {}, model.language.vocab_size)
     return token, max(model.language.vocab_size, token + 1)
 
 

@@ -61,6 +61,8 @@ class ModelFolder:
     model_max_length: int | None = None
     # AnyRes: resolutions as LLaVA writes them, (width, height).
     image_grid_pinpoints: tuple[tuple[int, int], ...] | None = None
+    # The id of a picture's placeholder where the source has one.
+    image_token_id: int | None = None
 
     @property
     def has_projector(self) -> bool:
