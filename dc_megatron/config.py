@@ -123,7 +123,7 @@ def read_json_file(folder: str, name: str, what: str) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what}: {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{what}: {path} holds a {type(content).__name__}, not an object")

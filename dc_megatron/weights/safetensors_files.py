@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+import warnings
 
 import torch
 from torch import Tensor
@@ -189,7 +190,8 @@ def _one_row(place: TensorPlace) -> TensorPlace:
 
 def _load_old_bin(path: str, what: str) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's advice on protocols; what counts is said below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken pickle raises: struct, pickle, EOF, Runtime
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{what}: {path} is corrupt or holds more than tensors ({reason}); fetch it again") from None

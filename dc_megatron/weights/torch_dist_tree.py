@@ -45,7 +45,7 @@ class TorchDistTree:
         try:
             self.tensors, self.objects = dcp_metadata.parse_metadata(_read_metadata(path))
         except RefusedPickle as error:
-            raise UserError(f"{self._what}: {path} is refused: {error}; fetch the checkpoint again") from None
+            raise self._refused(error) from None
         _refuse_fp8(self.tensors, self._what)
         self._files = self._open_files()
         self._numbers = {name: number for number, name in enumerate(sorted(self._files))}
@@ -192,6 +192,10 @@ class TorchDistTree:
             " fetch the checkpoint again"
         )
 
+    def _refused(self, reason: object) -> UserError:
+        path = os.path.join(self.folder, METADATA)
+        return UserError(f"{self._what}: {path} is refused: {reason}; fetch the checkpoint again")
+
     def _open_files(self) -> dict[str, PositionedFile]:
         """Every file that the metadata name, by name; what they say must fit into it, without overlap."""
         regions: dict[str, list[Region]] = {}
@@ -204,9 +208,7 @@ class TorchDistTree:
             end = 0
             for region in sorted(parts, key=lambda region: (region.start, region.length)):
                 if region.start < end:
-                    raise UserError(
-                        f"{self._what}: {METADATA} names byte {region.start} of {path} twice; fetch it again"
-                    )
+                    raise self._refused(f"it names byte {region.start} of {name} twice")
                 end = region.start + region.length
             if end > files[name].size:
                 raise UserError(

@@ -31,9 +31,11 @@ def find_weights(folder: str, what: str) -> tuple[list[str], dict[str, str]]:
     weight_map = read_json_file(folder, found, what).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{what}: {found} has no weight_map")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise UserError(f"{what}: the weight_map of {found} does not name files")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if os.path.basename(shard) != shard:
+        if os.path.basename(shard) != shard or shard in ("", ".", ".."):
             raise UserError(f"{what}: {found} points outside the folder: {shard}")
     absent = [shard for shard in shards if not os.path.isfile(os.path.join(folder, shard))]
     if absent:

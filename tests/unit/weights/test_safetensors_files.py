@@ -3,12 +3,14 @@
 import json
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from dc_megatron.errors import UserError
+from dc_megatron.weights import safetensors_files
 from dc_megatron.weights.safetensors_files import open_checkpoint
 
 TENSORS = {
@@ -168,3 +170,125 @@ def test_nothing_to_read(tmp_path):
         open_checkpoint(os.path.join(tmp_path, "absent"), "--vision_tower")
     with pytest.raises(UserError, match=r"--vision_tower .*: no weights in the folder; looked for model\.safetensors"):
         open_checkpoint(str(tmp_path), "--vision_tower")
+
+
+def craft(folder, entries, data=b"", raw=None):
+    """A safetensors file with a header of one's own."""
+    header = json.dumps(entries).encode() if raw is None else raw
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+
+
+def entry(shape, begin, end, dtype="U8"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("entries", "reason"),
+    [
+        ({"a": entry([4], 0, 4), "b": entry([4], 2, 6)}, "overlap or leave a hole"),
+        ({"a": entry([4], 0, 4), "b": entry([2], 6, 8)}, "overlap or leave a hole"),
+        ({"a": entry([4], 4, 8)}, "overlap or leave a hole"),
+        ({"a": entry([4], -4, 0)}, "shape or offsets of a are no sizes"),
+        ({"a": entry([-4], 0, 4)}, "shape or offsets of a are no sizes"),
+        ({"a": entry([2.0], 0, 2)}, "shape or offsets of a are no sizes"),
+        ({"a": entry([True], 0, 1)}, "shape or offsets of a are no sizes"),
+        ({"a": entry([4], 4, 0)}, "a has -4 bytes"),
+        ({"a": entry([3], 0, 4)}, "a has 4 bytes, not those of its shape"),
+        ({"a": entry([4], 0, 4, "F32")}, "a has 4 bytes, not those of its shape"),
+        ({"a": entry([1 << 50, 1 << 50], 0, 4)}, "a has 4 bytes, not those of its shape"),
+        ({"a": entry([4], 0, 4, "Q4")}, "unknown dtype Q4"),
+        ({"a": entry([4], 0, 4, ["F32"])}, ""),
+        ({"a": {**entry([4], 0, 4), "more": 1}}, "shape or offsets of a are no sizes"),
+        ({"__metadata__": {"format": 3}}, "its metadata are no strings"),
+        ({"__metadata__": []}, ""),
+    ],
+)
+def test_headers_that_do_not_hold_together(entries, reason, tmp_path):
+    craft(tmp_path, entries, bytes(8))
+    with pytest.raises(UserError, match=rf"the header of .*model\.safetensors is corrupt.*{reason}.*fetch it again"):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        b'{"a":{"dtype":"U8","shape":[1],"shape":[1],"data_offsets":[0,1]}}',
+        b"[" * 100_000,
+    ],
+    ids=["a name twice", "a field twice", "nested without end"],
+)
+def test_headers_that_readers_could_take_differently(raw, tmp_path):
+    craft(tmp_path, None, b"x", raw)
+    with pytest.raises(UserError, match=r"the header of .*model\.safetensors is corrupt"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_a_header_of_gigabytes_is_not_read(tmp_path):
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", 3 << 30))
+        file.truncate(4 << 30)  # sparse
+    with pytest.raises(UserError, match=r"model\.safetensors has a header of 3221225472 bytes"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_every_dtype_of_safetensors(tmp_path):
+    kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+    kinds += (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+    tensors = {str(kind): torch.ones(4, 3).to(kind) for kind in (*kinds, torch.bool)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(str(tmp_path))
+    for name, tensor in tensors.items():
+        assert checkpoint.dtype(name) == tensor.dtype
+        assert torch.equal(checkpoint.read(name, (1, 3), (0, 2)).double(), tensor[1:3, :2].double())
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_rows_into_the_callers_memory(form, tmp_path):
+    WRITERS[form](tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    for name in ("a", "b", "d"):
+        tensor = TENSORS[name]
+        out = torch.empty(2, *tensor.shape[1:], dtype=tensor.dtype)
+        checkpoint.read_rows(name, 0, 2, out)
+        assert torch.equal(out, tensor[:2])
+    assert len({checkpoint.position(name) for name in TENSORS}) == len(TENSORS)
+
+
+def test_rows_beyond_the_tensor_are_a_fault_of_the_caller(folder):
+    with pytest.raises(AssertionError, match="rows 5 to 7 of 6"):
+        open_checkpoint(str(folder)).read_rows("a", 5, 7, torch.empty(2, 4))
+
+
+def test_columns_are_read_in_blocks_of_rows(folder, monkeypatch):
+    monkeypatch.setattr(safetensors_files, "_BLOCK_BYTES", 2 * 4 * 4)  # two rows of "a"
+    assert torch.equal(open_checkpoint(str(folder)).read("a", (1, 6), (1, 3)), TENSORS["a"][1:6, 1:3])
+
+
+def test_a_file_that_shrinks_while_it_is_used(folder):
+    checkpoint = open_checkpoint(str(folder))
+    os.truncate(folder / "model.safetensors", 16)
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read .* ends at byte"):
+        checkpoint.read("a")
+
+
+def test_many_files_share_few_descriptors(tmp_path):
+    weight_map = {}
+    for number in range(100):
+        save_file({f"t{number}": torch.tensor([float(number)])}, tmp_path / f"{number}.safetensors")
+        weight_map[f"t{number}"] = f"{number}.safetensors"
+    write_index(tmp_path, "model.safetensors.index.json", weight_map)
+    before = len(os.listdir("/proc/self/fd"))
+    checkpoint = open_checkpoint(str(tmp_path))
+    for _ in range(2):
+        assert [checkpoint.read(f"t{number}").item() for number in range(100)] == list(range(100))
+    assert len(os.listdir("/proc/self/fd")) <= before + 64
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda n: checkpoint.read(f"t{n % 100}").item(), range(1000))) == list(range(100)) * 10
+
+
+@pytest.mark.parametrize("place", ["..", ".", "", "/etc/passwd", 3, None, ["a"]])
+def test_an_index_names_plain_files(place, tmp_path):
+    write_index(tmp_path, "model.safetensors.index.json", {"a": place})
+    with pytest.raises(UserError, match=r"points outside the folder|does not name files"):
+        open_checkpoint(str(tmp_path))
