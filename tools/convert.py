@@ -89,7 +89,15 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "step", type=int, metavar="N", help="iteration (default: the newest complete one)")
     _flag(parser, "vision-tower", default="", metavar="DIR", help="where the frozen tower lies, if it moved")
     _flag(parser, "any-dtype", action="store_true", help="cast A to the dtype of B before comparing")
-    _flag(parser, "logits", action="store_true", help="run both models too and compare logits, in fp32")
+    _flag(
+        parser,
+        "logits",
+        action="store_true",
+        help="also run both models in fp32, on the GPU where there is one, and compare logits of seeded words and,"
+        " where both can see, of words around a picture; they are loaded one after the other, not at once, and each must"
+        " fit into memory in fp32. Differences over 2e-5 x the largest logit count (16 roundings of the coarser dtype x"
+        " the largest logit where an export rounded the weights)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,6 +108,9 @@ def main(argv: list[str] | None = None) -> int:
         return {"import": run_import, "export": run_export, "verify": run_verify}[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; the same command goes on where it stopped", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
@@ -172,24 +183,27 @@ def run_verify(options: argparse.Namespace) -> int:
         "differences": result.differences,
         "notes": result.notes,
     }
+    logits = None
     if options.logits:
         from dc_megatron.evaluation.logits import compare_logits
 
-        entry["largest_logit_difference"] = compare_logits(options.a, options.b, vision_tower=options.vision_tower)
+        logits = compare_logits(options.a, options.b, step=options.step, vision_tower=options.vision_tower)
+        entry |= logits.as_entries()
+    equal = result.equal and (logits is None or logits.equal)
     if options.json:
         print(json.dumps(entry))
-        return 0 if result.equal else 1
-    for note in result.notes:
+        return 0 if equal else 1
+    for note in result.notes + (logits.notes if logits else []):
         print(f"note: {note}")
     for line in result.differences[:20]:
         print(line)
     if len(result.differences) > 20:
         print(f"... and {len(result.differences) - 20} more")
-    if options.logits:
-        print(f"largest difference of logits: {entry['largest_logit_difference']:.3g}")
+    for line in logits.lines() if logits else []:
+        print(line)
     verdict = "equal" if result.equal else f"{len(result.differences)} differences"
     print(f"{result.tensors} tensors, {result.num_bytes / 1e9:.2f} GB compared: {verdict}")
-    return 0 if result.equal else 1
+    return 0 if equal else 1
 
 
 if __name__ == "__main__":

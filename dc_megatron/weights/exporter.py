@@ -72,20 +72,23 @@ def export_checkpoint(
     export = plan_export(model, format, DTYPES.get(dtype), tower_name, modeling_code, image_token)
     writer = SafetensorsWriter(export.tensors, DTYPES.get(dtype))
     settings = [format, dtype, tower_name, modeling_code, folder_identity(tree or load)]
-    partial = PartialFolder(save, json.dumps(["export", 1, settings, folder_identity(os.path.join(load, "hf"))]))
-    partial.refuse_small_disk(writer.num_bytes)
-    checker = _Checker(tree) if check and tree else None
-    bar = progress("export", writer.num_bytes)
-    try:
-        writer.write(partial, bar)
-        _write_small_files(partial, model, export, stock)
-    finally:
-        damaged = checker.join() if checker else []
-    if damaged:
-        raise UserError(f"--load {tree}: {'; '.join(damaged)}. Export another checkpoint: --step N, or a good copy")
-    content = {"kind": "export", "format": format, "source": os.path.basename(os.path.normpath(load))}
-    partial.write(MANIFEST, manifest_bytes(content, partial.finished))
-    partial.finish()
+    plan = json.dumps(["export", 1, settings, folder_identity(os.path.join(load, "hf"))])
+    with PartialFolder(save, plan) as partial:
+        partial.refuse_small_disk(writer.num_bytes)
+        checker = _Checker(tree) if check and tree else None
+        bar = progress("export", writer.num_bytes)
+        try:
+            writer.write(partial, bar)
+            _write_small_files(partial, model, export, stock)
+        finally:
+            damaged = checker.join() if checker else []
+        if damaged:
+            raise UserError(f"--load {tree}: {'; '.join(damaged)}. Export another checkpoint: --step N, or a good copy")
+        content = {"kind": "export", "format": format, "source": os.path.basename(os.path.normpath(load))}
+        # An earlier attempt may have come as far as its manifest, which is about the other files.
+        files = {name: digest for name, digest in partial.finished.items() if name != MANIFEST}
+        partial.write(MANIFEST, manifest_bytes(content, files))
+        partial.finish()
     return Converted(save, len(export.tensors.names()), writer.num_bytes, bar.finish(), export.notes)
 
 

@@ -77,17 +77,18 @@ def import_checkpoint(
     tower = _tower_writer(model)
     total = tree.num_bytes + (tower.num_bytes if tower else 0)
 
-    partial = PartialFolder(save, _plan(hf, vision_tower, projector, model, version, image_aspect_ratio))
-    partial.refuse_small_disk(total)
-    bar = progress("import", total)
-    digests = tree.write(partial, bar)
-    if tower is not None:
-        tower.write(partial, bar)
-    _write_side_files(partial, model, version or model.version, image_aspect_ratio or model.image_aspect_ratio)
-    content = {"kind": "import", "iteration": 0, "source": os.path.basename(os.path.normpath(hf)), "format": model.kind}
-    partial.write(f"{RELEASE}/{MANIFEST}", manifest_bytes(content, digests))
-    partial.write(checkpoint_folder.TRACKER, RELEASE.encode())
-    partial.finish()
+    with PartialFolder(save, _plan(hf, vision_tower, projector, model, version, image_aspect_ratio)) as partial:
+        partial.refuse_small_disk(total)
+        bar = progress("import", total)
+        digests = tree.write(partial, bar)
+        if tower is not None:
+            tower.write(partial, bar)
+        _write_side_files(partial, model, version or model.version, image_aspect_ratio or model.image_aspect_ratio)
+        source = os.path.basename(os.path.normpath(hf))
+        content = {"kind": "import", "iteration": 0, "source": source, "format": model.kind}
+        partial.write(f"{RELEASE}/{MANIFEST}", manifest_bytes(content, digests))
+        partial.write(checkpoint_folder.TRACKER, RELEASE.encode())
+        partial.finish()
     return Converted(save, len(tensors), sum(tensor.num_bytes for tensor in tensors), bar.finish(), _notes(model))
 
 

@@ -13,14 +13,16 @@ from dc_megatron.errors import UserError
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.language_tables import language_table
 from dc_megatron.weights.manifest import damaged_files, read_manifest
-from dc_megatron.weights.model_parts import NEWLINE, PROJECTOR, ModelFolder
+from dc_megatron.weights.model_parts import NEWLINE, PROJECTOR, ModelFolder, tower_part
 from dc_megatron.weights.names import refuse_wrong_names
 from dc_megatron.weights.progress import Progress
 from dc_megatron.weights.projector_files import projector_shapes
+from dc_megatron.weights.safetensors_files import open_checkpoint
 from dc_megatron.weights.tensor_reader import Merged, Renamed, TensorReader
 from dc_megatron.weights.torch_dist_tree import TorchDistTree
 from dc_megatron.weights.tree_tables import CONNECTOR_PREFIX, LANGUAGE_PREFIX
 from dc_megatron.weights.views import AsHuggingFace
+from dc_megatron.weights.weight_files import FILES
 
 # What a tree of training holds beside the model.
 _NOT_THE_MODEL = ("optimizer.",)
@@ -107,8 +109,13 @@ def open_checkpoint_folder(
         connector = ConnectorConfig(
             described.mm_dense_connector_type, described.mm_projector_type, described.mm_vision_select_layer
         )
-    tower = vision_tower or described.vision_tower
+    inner = os.path.join(side, "vision_tower")
+    inside = not vision_tower and any(os.path.isfile(os.path.join(inner, name)) for name in FILES)
+    tower = "" if inside else vision_tower or described.vision_tower
     vision = _vision(side, tower, flag)
+    if inside:
+        checkpoint = open_checkpoint(inner, flag)
+        parts.append(tower_part(checkpoint, checkpoint.names(), vision, connector, f"{flag} {inner}"))
     names = {key.replace(CONNECTOR_PREFIX + "mlp.", PROJECTOR): key for key in _connector_keys(plain)}
     if names:
         _check_projector(plain, connector, vision, language.hidden_size, what)

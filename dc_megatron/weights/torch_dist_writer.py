@@ -199,7 +199,11 @@ class _no_checksums:
 def _append(file: HashedFile, value: object) -> int:
     """The archive of ``value`` at the end of ``file``; returns its length."""
     before = file.size
-    torch.save(value, file)
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        # torch's archive complains about its position after a write has failed; the write's own error is the reason.
+        raise error.__context__ or error from None
     return file.size - before
 
 

@@ -49,16 +49,19 @@ def verify(
     ``any_dtype``: where dtypes differ, ``a`` is cast to ``b``'s first; otherwise that is a difference. A stock
     llava-hf folder is compared with the export of the other side, which folds the connector as the export did.
     """
-    left, _ = open_any(a, step if is_checkpoint(a) else None, vision_tower, "A")
+
+    def model_of(folder: str, flag: str) -> ModelFolder:
+        return open_any(folder, step if is_checkpoint(folder) else None, vision_tower, flag)[0]
+
     result = Comparison()
-    if _is_stock(b) and not _is_stock(a):
-        one, other = _as_stock(left, b, result)
-    elif _is_stock(a) and not _is_stock(b):
-        right, _ = open_any(b, step if is_checkpoint(b) else None, vision_tower, "B")
-        other, one = _as_stock(right, a, result)
+    if _is_stock(a) and _is_stock(b):
+        one, other = open_checkpoint(a, "A"), open_checkpoint(b, "B")
+    elif _is_stock(b):
+        one, other = _as_stock(model_of(a, "A"), b)
+    elif _is_stock(a):
+        other, one = _as_stock(model_of(b, "B"), a)
     else:
-        right, _ = open_any(b, step if is_checkpoint(b) else None, vision_tower, "B")
-        one, other = _common(left, right, result)
+        one, other = _common(model_of(a, "A"), model_of(b, "B"), result)
     _compare(one, other, any_dtype, result, progress)
     return result
 
@@ -70,7 +73,7 @@ def _is_stock(folder: str) -> bool:
     return config.get("model_type") in HF_LLAVA_TYPES and "mm_vision_tower" not in config
 
 
-def _as_stock(model: ModelFolder, folder: str, result: Comparison) -> tuple[TensorReader, TensorReader]:
+def _as_stock(model: ModelFolder, folder: str) -> tuple[TensorReader, TensorReader]:
     """``model`` as the export that ``folder`` would be of it, and what ``folder`` holds."""
     stored = open_checkpoint(folder, "B")
     config = read_json_file(folder, "config.json", folder)
