@@ -28,6 +28,7 @@ class Measurement:
     ``seconds``: from its start to its end. ``cpu_seconds``: user and system time of it and of the children it waited
     for. ``peak_anonymous``: bytes of RssAnon + RssShmem, the largest sum over all its processes of one sample.
     ``peak_resident``: the same of VmHWM, each process's own peak of resident memory, file pages included.
+    ``disk_read``: bytes that came from the disk and not from the page cache, over all its processes.
     ``output``: what it printed.
     """
 
@@ -35,6 +36,7 @@ class Measurement:
     cpu_seconds: float
     peak_anonymous: int
     peak_resident: int
+    disk_read: int
     output: str
 
 
@@ -61,7 +63,7 @@ def measure(command: Sequence[str], env: Mapping[str, str] | None = None) -> Mea
     if process.returncode:
         raise UserError(f"{' '.join(command)}: ended with {process.returncode}\n{output[-_OUTPUT_TAIL:]}")
     cpu = usage.ru_utime + usage.ru_stime
-    return Measurement(seconds, cpu, sampler.peak_anonymous, sampler.peak_resident, output)
+    return Measurement(seconds, cpu, sampler.peak_anonymous, sampler.peak_resident, sampler.disk_read, output)
 
 
 class MemorySampler:
@@ -73,6 +75,7 @@ class MemorySampler:
     def __init__(self, leader: int):
         self.peak_anonymous = 0
         self.peak_resident = 0
+        self._disk_read: dict[int, int] = {}
         self._leader = leader
         self._family = {leader}
         self._others: set[int] = set()
@@ -92,10 +95,16 @@ class MemorySampler:
             self.sample()
             self._stopped.wait(SAMPLE_SECONDS)
 
+    @property
+    def disk_read(self) -> int:
+        """Bytes read from the disk until the last look."""
+        return sum(self._disk_read.values())
+
     def sample(self) -> None:
         """Take one look."""
         self._find_family()
         found = [fields for pid in self._family if (fields := status_fields(pid))]
+        self._disk_read |= {pid: read for pid in self._family if (read := disk_read_of(pid))}
         anonymous = sum(fields.get("RssAnon", 0) + fields.get("RssShmem", 0) for fields in found)
         self.peak_anonymous = max(self.peak_anonymous, anonymous)
         self.peak_resident = max(self.peak_resident, sum(fields.get("VmHWM", 0) for fields in found))
@@ -119,6 +128,16 @@ def status_fields(pid: int) -> dict[str, int]:
             if value.endswith(" kB\n"):
                 fields[name] = int(value.split()[0]) * 1024
     return fields
+
+
+def disk_read_of(pid: int) -> int:
+    """Bytes that a process has had read from the disk; 0 when it is gone."""
+    # A process that ends may refuse, too.
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/io", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("read_bytes: "):
+                return int(line.split()[1])
+    return 0
 
 
 def parent_and_session(pid: int) -> tuple[int, int]:

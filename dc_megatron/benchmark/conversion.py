@@ -146,16 +146,19 @@ def _all_turns(
             cache = machine.empty_page_cache([work.path], whole_cache)
             turn = _take_turn(step, work)
             turns[step.name].append(turn)
-            taken = turn.measurement
-            report(
-                f"run {number + 1} of {runs}, {step.name}: {taken.seconds:.1f} s,"
-                f" {work.size / 1e9 / taken.seconds:.2f} GB/s, {taken.cpu_seconds:.1f} s of CPU,"
-                f" {taken.peak_anonymous / 1e9:.2f} GB anonymous, {taken.peak_resident / 1e9:.2f} GB resident"
-            )
+            report(f"run {number + 1} of {runs}, {step.name}: {_in_words(turn.measurement, work.size)}")
             if step.makes in (COPY, EXPORT):
                 work.remove(step.makes)
         work.remove(TREE)
     return turns, cache
+
+
+def _in_words(taken: Measurement, size: int) -> str:
+    return (
+        f"{taken.seconds:.1f} s, {size / 1e9 / taken.seconds:.2f} GB/s, {taken.cpu_seconds:.1f} s of CPU,"
+        f" {taken.peak_anonymous / 1e9:.2f} GB anonymous, {taken.peak_resident / 1e9:.2f} GB resident,"
+        f" {taken.disk_read / 1e9:.2f} GB from the disk"
+    )
 
 
 def _take_turn(step: Step, work: WorkFolder) -> Turn:
@@ -191,6 +194,7 @@ def summary(turns: dict[str, list[Turn]], size: int) -> dict[str, dict]:
             "cpu_seconds_per_gb": max(run.cpu_seconds for run in runs) / gb,
             "peak_anonymous_gb": max(run.peak_anonymous for run in runs) / 1e9,
             "peak_resident_gb": max(run.peak_resident for run in runs) / 1e9,
+            "disk_read_gb": max(run.disk_read for run in runs) / 1e9,
             "sync_seconds_afterwards": max(turn.sync_seconds for turn in taken),
             "gb_made": taken[-1].bytes_made / 1e9,
         }
@@ -215,15 +219,15 @@ def as_text(result: dict) -> str:
         f" {checkpoint['gb']:.2f} GB of tensors ({checkpoint['content']});"
         f" {machine_facts['cores']} cores, {machine_facts['memory_gb']} GB, {machine_facts['filesystem']}",
         "",
-        "step        median s   ratio   GB/s   CPU s/GB   anonymous GB   resident GB   all runs, s",
+        "step        median s   ratio   GB/s   CPU s/GB   anonymous GB   resident GB   read GB   all runs, s",
     ]
     for name, step in result["steps"].items():
         ratio = "-" if step["ratio"] is None else f"{step['ratio']:.2f}"
-        lines.append(
-            f"{name:10}{step['median_seconds']:10.1f}{ratio:>8}{step['gb_per_second']:7.2f}"
-            f"{step['cpu_seconds_per_gb']:11.2f}{step['peak_anonymous_gb']:15.3f}{step['peak_resident_gb']:14.3f}   "
-            + " ".join(f"{seconds:.1f}" for seconds in step["seconds"])
+        figures = (
+            f"{step['median_seconds']:10.1f}{ratio:>8}{step['gb_per_second']:7.2f}{step['cpu_seconds_per_gb']:11.2f}"
+            f"{step['peak_anonymous_gb']:15.3f}{step['peak_resident_gb']:14.3f}{step['disk_read_gb']:10.2f}   "
         )
+        lines.append(f"{name:10}{figures}" + " ".join(f"{seconds:.1f}" for seconds in step["seconds"]))
     lines.append("")
     for entry in result["limits"]:
         lines.append(

@@ -10,6 +10,7 @@ import pytest
 
 from dc_megatron.benchmark import child_process
 from dc_megatron.benchmark.child_process import measure
+from dc_megatron.benchmark.machine import filesystem_of
 from dc_megatron.errors import UserError
 
 MEGABYTE = 1 << 20
@@ -43,6 +44,20 @@ def test_file_pages_are_resident_and_not_anonymous(tmp_path):
     )
     assert measured.peak_anonymous < 50 * MEGABYTE
     assert measured.peak_resident > 100 * MEGABYTE
+
+
+def test_what_comes_from_the_disk_is_counted(tmp_path):
+    path = tmp_path / "file"
+    with open(path, "wb") as file:
+        file.write(os.urandom(20 * MEGABYTE))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if filesystem_of(str(tmp_path)) == "tmpfs":
+        pytest.skip("no disk below the temporary folder")
+    program = f"import time; open({str(path)!r}, 'rb').read(); time.sleep(0.3)"
+    assert 20 * MEGABYTE <= run(program).disk_read < 40 * MEGABYTE
+    assert run(program).disk_read < 10 * MEGABYTE
 
 
 def test_children_count():

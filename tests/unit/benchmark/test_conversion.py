@@ -36,7 +36,7 @@ def converter(tmp_path) -> tuple[str, ...]:
 
 
 def turn(seconds: float, cpu: float = 1.0, anonymous: float = 0.1, resident: float = 0.2) -> Turn:
-    return Turn(Measurement(seconds, cpu, int(anonymous * GB), int(resident * GB), ""), 0.5, 3 * GB)
+    return Turn(Measurement(seconds, cpu, int(anonymous * GB), int(resident * GB), GB, ""), 0.5, 3 * GB)
 
 
 def test_median_time_and_worst_of_the_rest():
