@@ -34,6 +34,7 @@ from dc_megatron.weights.model_parts import (
     complete_tower,
     language_part,
     projector_part,
+    refuse_lost_grid,
     tower_of,
     tower_part,
 )
@@ -265,6 +266,7 @@ def hf_llava_export(
     """
     if not model.has_projector:
         raise UserError("--format hf-llava: the model has no projector; --format hf writes the language model")
+    refuse_lost_grid(model, "hf-llava")
     kind = model.connector.dense_connector_type
     if kind == "sti" and model.image_grid_pinpoints is not None:
         raise UserError("--format hf-llava: LlavaNext cannot append STI's pooled tokens; use --format llava")

@@ -25,11 +25,12 @@ from dc_megatron.weights.model_parts import (
     language_part,
     projector_part,
     read_tower_config,
+    refuse_lost_grid,
     tower_of,
     tower_part,
 )
 from dc_megatron.weights.names import refuse_wrong_names, refuse_wrong_shape
-from dc_megatron.weights.public_towers import PUBLIC_TOWERS
+from dc_megatron.weights.public_towers import PUBLIC_TOWERS, public_tower_name
 from dc_megatron.weights.safetensors_files import open_checkpoint
 from dc_megatron.weights.tensor_reader import Merged, Renamed
 
@@ -185,19 +186,36 @@ def _grid(config: dict, vision: VisionConfig, connector: ConnectorConfig, what: 
 def llava_export(model: ModelFolder, *, vision_tower_name: str = "", dtype: torch.dtype | None = None) -> Export:
     """``model`` as a LLaVA / DenseConnector folder.
 
-    ``vision_tower_name`` is written as ``mm_vision_tower`` (None given: what the source called it, else its folder);
-    ``dtype`` is what the writer will cast to, None as stored. The tower's weights go along only where the model
-    carries them. UserError: a model without projector.
+    ``vision_tower_name`` is written as ``mm_vision_tower`` ("": what the source called it, else its folder); ``dtype``
+    is what the writer will cast to, None as stored. The tower's weights go along only where the model carries them.
+    UserError: a model without projector, an AnyRes model that has lost its resolutions.
     """
     if not model.has_projector:
         raise UserError("--format llava: the model has no projector; --format hf writes the language model")
+    refuse_lost_grid(model, "llava")
     reader = model.reader
     if model.carries_tower and not model.has_tower:
         reader = Merged([reader, tower_of(model)])
-    config = _config(model, vision_tower_name, dtype or model.dtype)
-    copies = tokenizer_files(model.config_folder)
+    name, files = _tower_name(model, vision_tower_name)
+    config = _config(model, name, dtype or model.dtype)
+    files = {"config.json": json_bytes(config), **files}
     tensors = Renamed(reader, _names(reader.names(), model.vision))
-    return Export(tensors, {"config.json": json_bytes(config)}, copies, config, _notes(model, config))
+    return Export(tensors, files, tokenizer_files(model.config_folder), config, _notes(model, config))
+
+
+def _tower_name(model: ModelFolder, given: str) -> tuple[str, dict[str, bytes]]:
+    """(mm_vision_tower, files that it asks for): a tower inside that nobody knows by name brings its configuration."""
+    name = given or model.tower_name
+    if name or not model.carries_tower:
+        return name or model.tower_folder, {}
+    public = public_tower_name(model.vision)
+    if public:
+        return public, {}
+    folder = f"{model.vision.family}_vision_tower"
+    files = {f"{folder}/config.json": json_bytes(model.tower_config)}
+    if model.processor_config:
+        files[f"{folder}/preprocessor_config.json"] = json_bytes(model.processor_config)
+    return folder, files
 
 
 def _names(own: list[str], vision: VisionConfig) -> dict[str, str]:
@@ -217,7 +235,7 @@ def _names(own: list[str], vision: VisionConfig) -> dict[str, str]:
     return names
 
 
-def _config(model: ModelFolder, vision_tower_name: str, dtype: torch.dtype) -> dict:
+def _config(model: ModelFolder, tower_name: str, dtype: torch.dtype) -> dict:
     connector, vision = model.connector, model.vision
     model_type, architecture = _TYPES[model.language.model_type]
     anyres = model.image_grid_pinpoints is not None
@@ -225,7 +243,7 @@ def _config(model: ModelFolder, vision_tower_name: str, dtype: torch.dtype) -> d
         **portable_text_config(model.language_config, dtype),
         "model_type": model_type,
         "architectures": [architecture],
-        "mm_vision_tower": vision_tower_name or model.tower_name or model.tower_folder,
+        "mm_vision_tower": tower_name,
         "mm_dense_connector_type": connector.dense_connector_type,
         "mm_hidden_size": connector.input_size(vision),
         "mm_projector_type": connector.projector_type,
@@ -252,9 +270,7 @@ def _config(model: ModelFolder, vision_tower_name: str, dtype: torch.dtype) -> d
 def _notes(model: ModelFolder, config: dict) -> list[str]:
     vision, name = model.vision, config["mm_vision_tower"]
     notes = ["the original's program wants 'llava' in the name of the folder"]
-    if not name:
-        notes.append("mm_vision_tower is empty: name the tower in config.json")
-    elif vision.family not in os.path.basename(os.path.normpath(name)).lower():
+    if vision.family not in os.path.basename(os.path.normpath(name)).lower():
         notes.append(
             f"the original's program tells the tower by its name: '{name}' would have to contain '{vision.family}'"
         )

@@ -150,6 +150,15 @@ def tower_part(
     return Renamed(reader, {TOWER + key: name for key, name in found.items()})
 
 
+def refuse_lost_grid(model: ModelFolder, format: str) -> None:
+    """UserError for a model with ``image_newline`` whose resolutions nobody knows: it would be read as another."""
+    if NEWLINE in model.reader.names() and model.image_grid_pinpoints is None:
+        raise UserError(
+            f"--format {format}: {model.path} has {NEWLINE} of an AnyRes model, but not its image_grid_pinpoints;"
+            " export the folder that it was imported from"
+        )
+
+
 def tower_of(model: ModelFolder, flag: str = "--vision-tower") -> TensorReader:
     """The tower's tensors as ``vision_tower.*``, out of the model's own or of the folder where they lie."""
     assert model.vision is not None, "the model has no tower"

@@ -6,6 +6,8 @@ defaults of transformers' classes, and the rest of the vision part for readers t
 
 from __future__ import annotations
 
+from dc_megatron.config import VisionConfig
+
 _CLIP = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -55,8 +57,20 @@ _SIGLIP_PROCESSOR = {
     "size": {"height": 384, "width": 384},
 }
 
+_OWNERS = {"clip": "openai", "siglip": "google"}
+_SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+
 # Last part of the hub's name -> (config.json of the vision model, preprocessor_config.json).
 PUBLIC_TOWERS = {
     "clip-vit-large-patch14-336": (_CLIP, _CLIP_PROCESSOR),
     "siglip-so400m-patch14-384": (_SIGLIP, _SIGLIP_PROCESSOR),
 }
+
+
+def public_tower_name(vision: VisionConfig) -> str:
+    """The hub's name of the public tower that has the shape of ``vision``, or ""."""
+    family = f"{vision.family}_vision_model"
+    for name, (config, _) in PUBLIC_TOWERS.items():
+        if config["model_type"] == family and all(config[key] == getattr(vision, key) for key in _SHAPE):
+            return f"{_OWNERS[vision.family]}/{name}"
+    return ""

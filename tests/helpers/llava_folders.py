@@ -89,7 +89,9 @@ def write_export(export: Export, folder) -> str:
     """Everything of ``export`` in one .safetensors file and the files beside it."""
     os.makedirs(folder)
     for name, content in export.files.items():
-        with open(os.path.join(folder, name), "wb") as file:
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
             file.write(content)
     for name, path in export.copies.items():
         shutil.copyfile(path, os.path.join(folder, name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from dc_megatron.weights.llava_format import llava_export
 from dc_megatron.weights.model_folder import open_model
 from dc_megatron.weights.model_parts import tower_of
 from dc_megatron.weights.projector_files import write_projector
-from dc_megatron.weights.public_towers import PUBLIC_TOWERS
+from dc_megatron.weights.public_towers import PUBLIC_TOWERS, public_tower_name
 from dc_megatron.weights.tensor_reader import read_tensor
 from tests.helpers.llava_folders import all_tensors, llava_folder, random_projector, write_export
 from tests.helpers.tiny_models import as_old_bin, tiny_clip, tiny_llama, tiny_mistral, tiny_qwen2, tiny_siglip
@@ -71,7 +72,7 @@ def test_every_tensor_comes_back_as_it_was(folders, tmp_path, kind, tower, insid
     ours = {key for key in before if key.startswith(("mm_", "image_", "tokenizer_", "use_mm"))}
     assert {key: after[key] for key in ours} == {key: before[key] for key in ours}
     assert after["torch_dtype"] == str(dtype).removeprefix("torch.")
-    assert open_model(copy).language == model.language.__class__(**{**model.language.__dict__, "path": copy})
+    assert open_model(copy).language == replace(model.language, path=copy)
 
 
 def test_the_language_model_stands_alone_in_its_configuration(folders, tmp_path):
@@ -166,6 +167,21 @@ def test_a_tower_in_the_models_own_folder_goes_along(folders, tmp_path):
     assert not model.has_tower
     assert_equal(all_tensors(llava_export(model).tensors), all_tensors(llava_export(carried).tensors))
     assert not open_model(source, vision_tower=folders["siglip"]).carries_tower
+
+
+def test_a_tower_inside_that_has_no_name_brings_its_configuration(folders, tmp_path):
+    """The checkpoint of an import knows the tower's shape and not what the source called it."""
+    places = folders["llama"], folders["clip"], ConnectorConfig("dci")
+    model = replace(open_model(llava_folder(tmp_path / "m", *places, inside=True)), tower_name="")
+    export = llava_export(model)
+    assert export.config["mm_vision_tower"] == "clip_vision_tower"
+    copy = write_export(export, tmp_path / "copy")
+    again = open_model(copy)
+    assert (again.has_tower, again.tower_config) == (True, model.tower_config)
+    assert_equal(all_tensors(again.reader), all_tensors(model.reader))
+    large = VisionConfig.from_config(*part(HUB_NAMES["siglip"]))
+    assert public_tower_name(large) == HUB_NAMES["siglip"]
+    assert public_tower_name(replace(large, image_size=224)) == ""
 
 
 def test_old_files_and_their_buffers(folders, tmp_path):
@@ -291,6 +307,10 @@ def test_anyres_is_kept(folders, tmp_path):
     assert_equal(all_tensors(export.tensors), tensors_of(folder))
     assert {key: export.config[key] for key in anyres} == anyres
     assert export.config["image_grid_pinpoints"] == GRID
+    lost = replace(open_model(folder), image_grid_pinpoints=None)
+    for written in (llava_export, hf_llava_export):
+        with pytest.raises(UserError, match="not its image_grid_pinpoints"):
+            written(lost)
 
 
 def test_a_text_model_with_a_tower_and_a_projector_beside_it(folders, tmp_path):
