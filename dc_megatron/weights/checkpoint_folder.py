@@ -50,6 +50,8 @@ class CheckpointDescription:
     version: str
     image_aspect_ratio: str
     model_max_length: int
+    # AnyRes: resolutions as LLaVA writes them, (width, height).
+    image_grid_pinpoints: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def read_description(folder: str, flag: str = "--load") -> CheckpointDescription
         raise UserError(f"{flag} {folder}: no such folder")
     try:
         with open(path, encoding="utf-8") as file:
-            return CheckpointDescription(**json.load(file))
+            described = CheckpointDescription(**json.load(file))
     except FileNotFoundError:
         raise UserError(
             f"{flag} {folder}: has no hf/{DESCRIPTION}; give an --output_dir of training or of tools/convert.py import;"
@@ -232,3 +234,8 @@ def read_description(folder: str, flag: str = "--load") -> CheckpointDescription
         ) from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{flag} {folder}: hf/{DESCRIPTION} cannot be read: {error}") from None
+    if described.vision_tower:
+        # A path that is not absolute lies in the checkpoint, which may have been moved.
+        within = os.path.join(os.path.abspath(folder), "hf", described.vision_tower)
+        described = replace(described, vision_tower=within)
+    return described
