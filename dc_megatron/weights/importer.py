@@ -158,6 +158,7 @@ def _write_side_files(partial: PartialFolder, model: ModelFolder, version: str, 
         version=version,
         image_aspect_ratio=image_aspect_ratio,
         model_max_length=model.model_max_length or _MODEL_MAX_LENGTH,
+        image_grid_pinpoints=[list(size) for size in model.image_grid_pinpoints or ()] or None,
     )
     checkpoint_folder.write_side_files(partial.path, model.config_folder, described)
     _write_json(partial, "hf/config.json", model.language_config)
