@@ -100,9 +100,6 @@ def _connector(source: Source, described: checkpoint_folder.CheckpointDescriptio
 def _tower(source: Source, described: checkpoint_folder.CheckpointDescription) -> str:
     """The folder of the frozen tower, whose weights are those that were trained with."""
     tower = source.vision_tower or described.vision_tower or _missing(source, "--vision_tower", "vision tower")
-    carried = os.path.join(source.load, "hf", "vision_tower")
-    if not os.path.isdir(tower) and not source.vision_tower and os.path.isfile(f"{carried}/model.safetensors"):
-        tower = carried  # the folder was moved after it was converted from a model with the tower inside
     if not os.path.isdir(tower):
         raise UserError(
             f"--load {source.load}: its frozen vision tower was {tower}, which is not there; name it:"

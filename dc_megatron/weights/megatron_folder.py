@@ -12,10 +12,8 @@ from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, pa
 from dc_megatron.errors import UserError
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.language_tables import language_table
-from dc_megatron.weights.manifest import damaged_files, read_manifest
 from dc_megatron.weights.model_parts import NEWLINE, PROJECTOR, ModelFolder, tower_part
 from dc_megatron.weights.names import refuse_wrong_names
-from dc_megatron.weights.progress import Progress
 from dc_megatron.weights.projector_files import projector_shapes
 from dc_megatron.weights.safetensors_files import open_checkpoint
 from dc_megatron.weights.tensor_reader import Merged, Renamed, TensorReader
@@ -57,30 +55,14 @@ def is_checkpoint(folder: str) -> bool:
 
 def find_tree(folder: str, step: int | None, flag: str = "--load") -> str:
     """The newest complete tree of ``folder``, or that of ``step``; UserError where there is none."""
-    if step is not None:
-        found = checkpoint_folder.iteration_folder(folder, step)
-    else:
-        newest, _ = checkpoint_folder.newest_complete(folder)
-        release = os.path.join(folder, "release")
-        found = release if newest is None else checkpoint_folder.iteration_folder(folder, newest)
-    manifest, reason = read_manifest(found)
-    if manifest is None:
-        where = os.path.basename(found)
-        there = reason if os.path.isdir(found) else f"no folder {where}"
-        raise UserError(f"{flag} {folder}: holds no complete checkpoint ({where}: {there})")
-    return found
-
-
-def refuse_damage(tree_folder: str, flag: str, progress=Progress) -> None:
-    """UserError that names the files whose bytes are not those that were written."""
-    manifest, _ = read_manifest(tree_folder)
-    bar = progress("check", sum(digest.size for digest in manifest.files.values()))
-    damaged = damaged_files(tree_folder, manifest, progress=bar)
-    bar.finish()
-    if damaged:
-        raise UserError(
-            f"{flag} {tree_folder}: {'; '.join(damaged)}. Take another checkpoint: --step N, or a copy of this one"
-        )
+    tree = checkpoint_folder.find_tree(folder, step)
+    if tree is not None:
+        return tree.path
+    there = [*checkpoint_folder.iterations(folder)][-1:] if step is None else [step]
+    iteration = there[0] if there else None
+    path = checkpoint_folder.tree_folder(folder, iteration)
+    reason = checkpoint_folder.why_incomplete(folder, iteration) if os.path.isdir(path) else "is not there"
+    raise UserError(f"{flag} {folder}: holds no complete checkpoint ({os.path.basename(path)}: {reason})")
 
 
 def open_checkpoint_folder(
@@ -141,6 +123,7 @@ def open_checkpoint_folder(
         version=described.version,
         image_aspect_ratio=described.image_aspect_ratio,
         model_max_length=described.model_max_length,
+        image_grid_pinpoints=tuple((width, height) for width, height in described.image_grid_pinpoints or ()) or None,
     )
     return model, tree_folder
 
