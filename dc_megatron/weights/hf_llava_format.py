@@ -335,7 +335,9 @@ def _names(model: ModelFolder, tower: TensorReader) -> dict[str, str]:
             if name in tower.names():
                 names[f"{start}vision_tower.vision_model.{name.removeprefix(TOWER)}"] = name
         elif name == NEWLINE:
-            names[NEWLINE] = name
+            # A model may have it from its family and not use it: Llava has no place for it.
+            if model.image_grid_pinpoints is not None:
+                names[NEWLINE] = name
         else:
             names[text + name.removeprefix("model.")] = name
     return names
@@ -426,5 +428,5 @@ def _notes(model: ModelFolder, image_token: int) -> list[str]:
     if model.image_aspect_ratio == "square" and model.vision.family == "clip":
         notes.append("trained on square crops (image_aspect_ratio square): the processor must crop and not pad")
     if model.connector.dense_connector_type == "sti":
-        notes.append(f"{MODELING_FILE} is code: transformers runs it with trust_remote_code=True only")
+        notes.append(f"{MODELING_FILE} is code: transformers 5 runs it with trust_remote_code=True")
     return notes

@@ -106,7 +106,7 @@ def open_llava(folder: str, config: dict, flag: str, vision_tower: str = "") -> 
         tower_name=config["mm_vision_tower"] or "",
         tower_config=tower_config,
         processor_config=processor,
-        image_aspect_ratio=one_of(config.get("image_aspect_ratio") or "square", _ASPECT_RATIOS, f"{what}: aspect"),
+        image_aspect_ratio=config.get("image_aspect_ratio") or "square",
         model_max_length=config.get("tokenizer_model_max_length"),
         image_grid_pinpoints=grid,
     )
@@ -249,7 +249,8 @@ def _config(model: ModelFolder, tower_name: str, dtype: torch.dtype) -> dict:
         "mm_projector_type": connector.projector_type,
         "mm_vision_select_layer": connector.select_layer,
         "mm_vision_select_feature": "patch",
-        "mm_patch_merge_type": "spatial_unpad" if anyres else "flat",
+        # It says whether there is an image_newline, which AnyRes alone uses.
+        "mm_patch_merge_type": "spatial_unpad" if NEWLINE in model.reader.names() else "flat",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,

@@ -10,7 +10,7 @@ from dc_megatron.errors import UserError
 from dc_megatron.weights.derived_tensors import ColumnBlocks
 from dc_megatron.weights.hf_llava_format import HF_LLAVA_TYPES, open_hf_llava
 from dc_megatron.weights.llava_format import open_llava
-from dc_megatron.weights.model_parts import PROJECTOR, ModelFolder, language_part, read_tower_config
+from dc_megatron.weights.model_parts import PROJECTOR, ModelFolder, language_part, read_tower_config, tower_of
 from dc_megatron.weights.projector_files import read_projector, recorded_connector
 from dc_megatron.weights.safetensors_files import open_checkpoint
 from dc_megatron.weights.tensor_reader import InMemory, Merged, Renamed
@@ -50,6 +50,9 @@ def open_model(
         model = open_hf_llava(folder, config, flag, vision_tower)
     else:
         return _open_text(folder, config, flag, vision_tower, projector, dense_connector_type, select_layer)
+    if model.tower_folder:
+        # Opening checks its names and shapes.
+        tower_of(model)
     if projector:
         raise UserError(f"--projector {projector}: {folder} has a projector of its own; leave the flag out")
     return _with_connector_type(model, dense_connector_type, what) if dense_connector_type else model
@@ -111,6 +114,8 @@ def _open_text(
         tower_config=tower_config,
         processor_config=processor,
     )
+    # Opening checks its names and shapes.
+    tower_of(model)
     if projector:
         tensors, _ = read_projector(
             projector, connector, vision, language.hidden_size, type_named=bool(kind), flag="--projector"

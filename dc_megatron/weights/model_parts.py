@@ -151,11 +151,11 @@ def tower_part(
 
 
 def refuse_lost_grid(model: ModelFolder, format: str) -> None:
-    """UserError for a model with ``image_newline`` whose resolutions nobody knows: it would be read as another."""
-    if NEWLINE in model.reader.names() and model.image_grid_pinpoints is None:
+    """UserError for an AnyRes model whose resolutions nobody knows: it would be read as another."""
+    if model.image_aspect_ratio == "anyres" and model.image_grid_pinpoints is None:
         raise UserError(
-            f"--format {format}: {model.path} has {NEWLINE} of an AnyRes model, but not its image_grid_pinpoints;"
-            " export the folder that it was imported from"
+            f"--format {format}: {model.path} is an AnyRes model, but its image_grid_pinpoints are not known; export"
+            " the folder that it was imported from"
         )
 
 

@@ -13,7 +13,7 @@ CONFIGURATION = "DenseConnectorConfig"
 MODELING = '''"""Llava with pooled tokens of lower layers behind the final ones: STI of "Dense Connector for MLLMs".
 
 config.json: vision_feature_layer is the final feature; dense_connector_layers are the lower ones, pooled over
-dense_connector_pool neighbouring tokens (the remainder dropped) before the shared projector.
+dense_connector_pool neighbouring tokens (the remainder dropped) before the shared projector. For transformers 5.
 """
 
 import torch

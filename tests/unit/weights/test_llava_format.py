@@ -20,7 +20,15 @@ from dc_megatron.weights.projector_files import write_projector
 from dc_megatron.weights.public_towers import PUBLIC_TOWERS, public_tower_name
 from dc_megatron.weights.tensor_reader import read_tensor
 from tests.helpers.llava_folders import all_tensors, llava_folder, random_projector, write_export
-from tests.helpers.tiny_models import as_old_bin, tiny_clip, tiny_llama, tiny_mistral, tiny_qwen2, tiny_siglip
+from tests.helpers.tiny_models import (
+    as_old_bin,
+    as_safetensors,
+    tiny_clip,
+    tiny_llama,
+    tiny_mistral,
+    tiny_qwen2,
+    tiny_siglip,
+)
 
 GRID = [[28, 56], [56, 28], [56, 56]]
 HUB_NAMES = {"clip": "openai/clip-vit-large-patch14-336", "siglip": "google/siglip-so400m-patch14-384"}
@@ -309,8 +317,34 @@ def test_anyres_is_kept(folders, tmp_path):
     assert export.config["image_grid_pinpoints"] == GRID
     lost = replace(open_model(folder), image_grid_pinpoints=None)
     for written in (llava_export, hf_llava_export):
-        with pytest.raises(UserError, match="not its image_grid_pinpoints"):
+        with pytest.raises(UserError, match="its image_grid_pinpoints are not known"):
             written(lost)
+
+
+def test_a_newline_that_is_not_used(folders, tmp_path):
+    """Models of the AnyRes family that were trained on one square have it all the same."""
+    folder = llava_folder(
+        tmp_path / "m",
+        folders["llama"],
+        folders["clip"],
+        ConnectorConfig("sci"),
+        extra={"model.image_newline": torch.randn(64)},
+        mm_patch_merge_type="spatial_unpad",
+    )
+    model = open_model(folder)
+    assert model.image_grid_pinpoints is None
+    export = llava_export(model)
+    assert_equal(all_tensors(export.tensors), tensors_of(folder))
+    assert export.config["mm_patch_merge_type"] == "spatial_unpad"
+    assert "image_newline" not in hf_llava_export(model).tensors.names()
+
+
+def test_a_tower_beside_the_model_is_checked_too(folders, tmp_path):
+    broken = as_safetensors(folders["clip"], tmp_path / "v", drop=("encoder.layers.1.mlp",))
+    folder = llava_folder(tmp_path / "m", folders["llama"], folders["clip"], ConnectorConfig("sci"))
+    for place in (folder, folders["llama"]):
+        with pytest.raises(UserError, match=r"--vision-tower .*weights missing: encoder\.layers\.1\.mlp"):
+            open_model(place, vision_tower=broken)
 
 
 def test_a_text_model_with_a_tower_and_a_projector_beside_it(folders, tmp_path):
