@@ -8,6 +8,7 @@
 # 1. text:    a small language model learns from text alone to answer from a description in words
 # 2. stage 1: only the connector learns, to say the same through a frozen, randomly initialised CLIP tower
 # 3. stage 2: connector and language model learn together
+# 4. export:  the result as a stock Hugging Face Llava folder, which plain transformers answers from
 # Every run starts over: what an earlier one left in its folder is removed first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -38,11 +39,11 @@ fi
 mkdir -p "$run"
 exec 8>"$mark"
 flock -n 8 || fail "another quickstart is running in $run; wait for it or give another folder in QUICKSTART_RUN"
-for old in data models text stage1 stage2 answers logs summary.json loss.png; do rm -rf "${run:?}/$old"; done
+for old in data models text stage1 stage2 export export.partial answers logs summary.json loss.png; do rm -rf "${run:?}/$old"; done
 mkdir -p "$run/logs" "$run/answers"
 
 step_number=0
-steps_in_all=6
+steps_in_all=8
 # step NAME TITLE COMMAND...: runs the command with its output in logs/NAME.log; on failure shows the end of it and leaves.
 step() {
   local name="$1" title="$2" start=$SECONDS status=0
@@ -120,4 +121,9 @@ step stage2 "stage 2: connector and language model learn, $stage2_steps steps" \
   train stage2 "$stage2_steps" 52 --data_path "$run/data/train.json" --image_aspect_ratio pad --trainable connector,llm \
   --load "$run/text" --finetune --pretrain_mm_mlp_adapter "$run/stage1" --learning_rate 5e-4 --warmup_ratio 0.1
 step ask-stage2 "asks again" ask stage2
+step export "exports to a stock Hugging Face Llava folder" \
+  $python tools/convert.py export --load "$run/stage2" --format hf-llava --save "$run/export"
+step ask-export "asks plain transformers, from the exported folder" \
+  $python examples/quickstart/answer_with_transformers.py --model "$run/export" --data_path "$run/data/held_out.json" \
+  --image_folder "$run/data" --answers "$run/answers/export.jsonl" --max_new_tokens 8
 $python examples/quickstart/summary.py --run "$run" --tensor-parallel "$tensor_parallel"

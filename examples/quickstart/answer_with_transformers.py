@@ -20,10 +20,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 def load(folder: str):
-    """(model, processor). backend="pil": pictures are resized as in training, also where torchvision is installed."""
-    on_gpu = torch.cuda.is_available()
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    return model.eval().to("cuda" if on_gpu else "cpu"), AutoProcessor.from_pretrained(folder, backend="pil")
+    """(model in the export's dtype, processor). backend="pil": pictures as in training, also with torchvision."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, AutoProcessor.from_pretrained(folder, backend="pil")
 
 
 def message(question: str, images: list) -> dict:

@@ -2,8 +2,8 @@
 
 Usage: python examples/quickstart/summary.py --run runs/quickstart [--tensor-parallel 2]
 
-In RUN it expects text/, stage1/ and stage2/ (each with metrics.jsonl), answers/stage1.jsonl and answers/stage2.jsonl
-(JSON lines with id, question, expected, answer) and data/held_out.json.
+In RUN it expects text/, stage1/ and stage2/ (each with metrics.jsonl), answers/stage1.jsonl, answers/stage2.jsonl and
+answers/export.jsonl (JSON lines with id, question, expected, answer) and data/held_out.json.
 """
 
 from __future__ import annotations
@@ -75,8 +75,10 @@ def summarise_stage(name: str, metrics: list[dict], accuracy: float | None) -> d
 
 
 def summarise(metrics: dict[str, list[dict]], answers: dict[str, list[dict]], tensor_parallel: int) -> dict:
-    """The content of summary.json. ``metrics`` has an entry for each stage, ``answers`` for stage1 and stage2."""
+    """The content of summary.json. ``metrics``: an entry for each stage; ``answers``: for stage1, stage2 and export."""
     after = {name: accuracies(records) for name, records in answers.items()}
+    pairs = _both(answers["stage2"], answers["export"])
+    same = [one["answer"].strip() == other["answer"].strip() for one, other in pairs]
     return {
         "stages": [
             summarise_stage(name, metrics[name], after[name]["scene"] if name in after else None) for name in STAGES
@@ -84,8 +86,18 @@ def summarise(metrics: dict[str, list[dict]], answers: dict[str, list[dict]], te
         "accuracy": after["stage2"]["scene"],
         "accuracy_blank_image": after["stage2"]["blank"],
         "accuracy_photographs": after["stage2"]["photograph"],
+        "questions": len(same),
+        "same_answers_from_the_export": sum(same),
         "tensor_model_parallel_size": tensor_parallel,
     }
+
+
+def _both(one: list[dict], other: list[dict]) -> list[tuple[dict, dict]]:
+    """The answers of two models to the same questions, by id; UserError where one was not asked all of them."""
+    by_id = {record["id"]: record for record in other}
+    if [record["id"] for record in one if record["id"] not in by_id]:
+        raise UserError("answers/export.jsonl: not the questions of answers/stage2.jsonl; run the quickstart again")
+    return [(record, by_id[record["id"]]) for record in one]
 
 
 def examples(answers: list[dict], held_out: list[dict], image_folder: str) -> list[dict]:
@@ -114,6 +126,8 @@ def first_screen(summary: dict, shown: list[dict], run: str) -> str:
         f"Held-out questions about pictures it has not seen: {_percent(summary['accuracy'])} right;"
         f" with a blank picture {_percent(summary['accuracy_blank_image'])}.",
         f"New crops of the photographs: {_percent(summary['accuracy_photographs'])} right.",
+        f"Plain transformers, from the exported folder: the same answer to {summary['same_answers_from_the_export']} of"
+        f" {summary['questions']} questions.",
         "",
     ]
     for example in shown:
@@ -123,6 +137,7 @@ def first_screen(summary: dict, shown: list[dict], run: str) -> str:
     lines += [
         "",
         f"checkpoint  {run}/stage2",
+        f"export      {run}/export   (stock Hugging Face Llava)",
         f"loss curve  {run}/loss.png",
         f"numbers     {run}/summary.json",
         "",
@@ -146,7 +161,7 @@ def main() -> None:
     run = options.run.rstrip("/")
 
     metrics = {name: read_json_lines(f"{run}/{name}/metrics.jsonl") for name in STAGES}
-    answers = {name: read_json_lines(f"{run}/answers/{name}.jsonl") for name in ("stage1", "stage2")}
+    answers = {name: read_json_lines(f"{run}/answers/{name}.jsonl") for name in ("stage1", "stage2", "export")}
     with open(f"{run}/data/held_out.json", encoding="utf-8") as file:
         held_out = json.load(file)
     summary = summarise(metrics, answers, options.tensor_parallel)

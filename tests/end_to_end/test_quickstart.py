@@ -59,6 +59,8 @@ def check_summary(summary: dict, printed: str, folder: Path) -> None:
         assert (folder / stage["name"] / "latest_checkpointed_iteration.txt").is_file()
     assert (folder / "loss.png").stat().st_size > 1000
     assert "tools/generate.py" in printed
+    assert summary["same_answers_from_the_export"] == summary["questions"] > 0
+    assert (folder / "export" / "dc_manifest.json").is_file()
 
 
 def test_quickstart_with_few_steps(tmp_path):

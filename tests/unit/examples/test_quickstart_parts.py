@@ -186,8 +186,9 @@ def write_run(run: Path) -> None:
         lines = [json.dumps(entry) for entry in metrics([4.0] * 5 + [2.0] * 3 + [1.0] * 5)]
         (run / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (run / "answers").mkdir()
-    for name in ("stage1", "stage2"):
-        (run / "answers" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, ANSWERS)))
+    exported = [*ANSWERS[:2], answer("place-0", "left", "left"), *ANSWERS[3:]]
+    for name, given in (("stage1", ANSWERS), ("stage2", ANSWERS), ("export", exported)):
+        (run / "answers" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, given)))
     (run / "data").mkdir()
     held_out = [{"id": record["id"], "image": f"images/{record['id']}.jpg"} for record in ANSWERS]
     (run / "data" / "held_out.json").write_text(json.dumps(held_out))
@@ -213,6 +214,8 @@ def test_summary_counts_pictures_and_blanks_apart(tmp_path):
         "accuracy": 0.75,
         "accuracy_blank_image": 0.5,
         "accuracy_photographs": 1.0,
+        "questions": 7,
+        "same_answers_from_the_export": 6,
         "tensor_model_parallel_size": 2,
     }
     with Image.open(tmp_path / "loss.png") as image:
@@ -223,6 +226,7 @@ def test_summary_counts_pictures_and_blanks_apart(tmp_path):
         "loss.png",
         "tools/generate.py",
         "4.00 -> 1.00",
+        "the same answer to 6 of 7 questions",
         "    What is it?  ->  Red.",
     ):
         assert shown in result.stdout
@@ -232,7 +236,7 @@ def test_a_wrong_example_shows_what_was_expected():
     held_out = [{"id": record["id"], "image": "x.jpg"} for record in ANSWERS]
     shown = summary.examples([ANSWERS[2], ANSWERS[6]], held_out, "data")
     content = summary.summarise(
-        dict.fromkeys(summary.STAGES, metrics([1.0])), dict.fromkeys(("stage1", "stage2"), ANSWERS), 2
+        dict.fromkeys(summary.STAGES, metrics([1.0])), dict.fromkeys(("stage1", "stage2", "export"), ANSWERS), 2
     )
     assert "right   (expected: left)" in summary.first_screen(content, shown, "run")
 
