@@ -47,39 +47,6 @@ from dc_megatron.weights.tokenizer_ids import IMAGE_TOKEN, image_token_id, token
 _KINDS = {"llava": "hf-llava", MODEL_TYPE: "hf-llava", "llava_next": "hf-llava-next"}
 HF_LLAVA_TYPES = tuple(_KINDS)
 
-# What transformers 4 and 5 fill in where a configuration inside another one leaves a value out.
-_TEXT_DEFAULTS = {
-    "llama": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "vocab_size": 32000,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-    },
-    "mistral": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-6,
-        "sliding_window": 4096,
-    },
-    "qwen2": {
-        "hidden_size": 4096,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-    },
-}
 # transformers' own, where config.json has none.
 _NEXT_GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 # The names of transformers 4 (`language_model.model.*`) and those in memory of 5 (`model.language_model.*`).
@@ -99,7 +66,7 @@ def open_hf_llava(folder: str, config: dict, flag: str, vision_tower: str = "") 
     what = f"{flag} {folder}"
     if vision_tower:
         raise UserError(f"--vision-tower {vision_tower}: {folder} has a tower of its own; leave the flag out")
-    text = _text_config(config, what)
+    text = _text_config(config)
     language = LanguageConfig.from_config(text, what, folder)
     tower_config = {"model_type": "clip_vision_model", **(config.get("vision_config") or {})}
     processor = _processor_config(folder, what)
@@ -139,16 +106,11 @@ def open_hf_llava(folder: str, config: dict, flag: str, vision_tower: str = "") 
     )
 
 
-def _text_config(config: dict, what: str) -> dict:
-    """The language model's configuration, complete."""
+def _text_config(config: dict) -> dict:
+    """The language model's configuration; values that equal the defaults of its class may be missing."""
     text = config.get("text_config") or {}
-    model_type = text.get("model_type", "llama")
-    if model_type not in _TEXT_DEFAULTS:
-        raise UserError(
-            f"{what}: config.json has a language model of type '{model_type}'; available: {', '.join(_TEXT_DEFAULTS)}"
-        )
     tied = bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
-    return {**_TEXT_DEFAULTS[model_type], **text, "model_type": model_type, "tie_word_embeddings": tied}
+    return {"model_type": "llama", **text, "tie_word_embeddings": tied}
 
 
 def _processor_config(folder: str, what: str) -> dict | None:
