@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from dc_megatron.runtime import cpu_device, device, installed, noise
 from dc_megatron.runtime.adam import GroupStepAdam
+from dc_megatron.runtime.listed_classes import with_listed_classes
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,12 @@ CORE_ROWS = [
         "no_cuda",
         "a spawned multiprocessing.Manager imports everything anew: 20 s on a small CPU; a synchronous save stays in"
         " one process",
+    ),
+    Patch(
+        "torch.distributed.checkpoint.filesystem:pickle",
+        with_listed_classes,
+        "always",
+        "it unpickles .metadata of a checkpoint, whatever that names",
     ),
     Patch(
         "megatron.core.optimizer:Adam",

@@ -397,6 +397,23 @@ def test_torch_executes_nothing_once_megatron_is_patched(tmp_path, marker, monke
         patches.undo()
 
 
+def test_megatron_executes_nothing_on_roads_of_its_own(tmp_path, marker):
+    from torch.distributed.checkpoint import FileSystemReader
+
+    from dc_megatron.runtime import patches
+
+    folder = small_tree(tmp_path / "tree").finish()
+    patches.apply()
+    try:
+        assert EMBEDDING in FileSystemReader(folder).read_metadata().state_dict_metadata
+        inside_metadata(small_tree(tmp_path / "hostile"), marker)
+        with pytest.raises(pickle.UnpicklingError, match="system, which is not allowed"):
+            FileSystemReader(tmp_path / "hostile").read_metadata()
+        assert not marker.exists()
+    finally:
+        patches.undo()
+
+
 def test_random_damage_of_metadata_is_refused_or_harmless(tmp_path):
     """Bytes of a real .metadata changed at random: an error of the reader's own, never another exception."""
     data = (small_tree(tmp_path / "tree").finish() / ".metadata").read_bytes()
