@@ -45,9 +45,13 @@ def run(words: list[str], **more: str) -> subprocess.CompletedProcess:
 
 
 def tool_help(tool: str) -> str:
+    """What ``--help`` prints, with that of every sub-command."""
     done = run([sys.executable, tool, "--help"])
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    commands = (
+        re.findall(r"^    ([a-z][a-z-]*)(?: {2,}|$)", done.stdout, re.MULTILINE) if "positional" in done.stdout else []
+    )
+    return done.stdout + "".join(run([sys.executable, tool, command, "--help"]).stdout for command in commands)
 
 
 def without_launcher(words: list[str]) -> list[str]:
