@@ -151,8 +151,8 @@ class Checkpoint(TensorReader):
         """The tensor, or the half-open range of its rows and columns, in the file's dtype on the CPU.
 
         It is in memory of its own. A range of columns reads whole rows, in blocks of 64 MB, and drops the others:
-        what a tensor-parallel rank reads of a Llama is then 1.3 times its shards at TP 2 (the output and down
-        projections, some 30 percent of the weights, are read whole), and every byte once.
+        a tensor-parallel rank at TP 2 then reads 1.29 times its shards with a 7B Llama's proportions (29 percent of the
+        weights, the output and down projections, are read whole), and every byte once.
         """
         return self._file_of[name].read(name, rows, columns)
 
