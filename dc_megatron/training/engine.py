@@ -30,9 +30,10 @@ def train(checked: run.Checked) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device.choose_gpu(local_rank)
     device.limit_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    _check_weights(checked)
     if checked.settings.verify_checkpoint:
+        # First: of a damaged file it is the name that helps, not what could not be made of its content.
         refuse_damaged_files(checked.start, rank, world_size)
+    _check_weights(checked)
     config = run.data_config(checked, world_size)
     index = build_or_wait(config, run.index_folder(checked.settings), local_rank, progress=_progress(local_rank))
     plan = run.plan_hash(index.summary.key, index.summary.kept_hash, config)
