@@ -1,0 +1,1 @@
+"""Models run to compare them: what two folders compute of the same input."""
