@@ -73,22 +73,17 @@ def export_checkpoint(
     writer = SafetensorsWriter(export.tensors, DTYPES.get(dtype))
     settings = [format, dtype, tower_name, modeling_code, folder_identity(tree or load)]
     plan = json.dumps(["export", 1, settings, folder_identity(os.path.join(load, "hf"))])
-    with PartialFolder(save, plan) as partial:
-        partial.refuse_small_disk(writer.num_bytes)
-        checker = _Checker(tree) if check and tree else None
-        bar = progress("export", writer.num_bytes)
-        try:
-            writer.write(partial, bar)
-            _write_small_files(partial, model, export, stock)
-        finally:
-            damaged = checker.join() if checker else []
-        if damaged:
-            raise UserError(f"--load {tree}: {'; '.join(damaged)}. Export another checkpoint: --step N, or a good copy")
-        content = {"kind": "export", "format": format, "source": os.path.basename(os.path.normpath(load))}
-        # An earlier attempt may have come as far as its manifest, which is about the other files.
-        files = {name: digest for name, digest in partial.finished.items() if name != MANIFEST}
-        partial.write(MANIFEST, manifest_bytes(content, files))
-        partial.finish()
+    with tempfile.TemporaryDirectory() as beside:
+        if stock:
+            # First: what it refuses is refused before hours of writing.
+            stock.write(model, export, beside)
+        with PartialFolder(save, plan) as partial:
+            bar = _write(partial, writer, export, beside, tree if check else "", progress)
+            content = {"kind": "export", "format": format, "source": os.path.basename(os.path.normpath(load))}
+            # An earlier attempt may have come as far as its manifest, which is about the other files.
+            files = {name: digest for name, digest in partial.finished.items() if name != MANIFEST}
+            partial.write(MANIFEST, manifest_bytes(content, files))
+            partial.finish()
     return Converted(save, len(export.tensors.names()), writer.num_bytes, bar.finish(), export.notes)
 
 
@@ -135,17 +130,27 @@ def _text_export(model: ModelFolder, dtype: torch.dtype | None) -> Export:
     return Export(tensors, {"config.json": json_bytes(config)}, tokenizer_files(model.config_folder), config, notes)
 
 
-def _write_small_files(partial: PartialFolder, model: ModelFolder, export: Export, processor: Processor | None) -> None:
-    for name, path in export.copies.items():
-        partial.copy(path, name)
-    for name, content in export.files.items():
-        partial.write(name, content)
-    if processor is not None:
-        # Last: its generation settings know the template's end.
-        with tempfile.TemporaryDirectory() as folder:
-            processor.write(model, export, folder)
-            for name in sorted(os.listdir(folder)):
-                partial.copy(os.path.join(folder, name), name)
+def _write(
+    partial: PartialFolder, writer: SafetensorsWriter, export: Export, beside: str, tree: str, progress
+) -> Progress:
+    """All files but the manifest. ``beside``: a folder of further files; ``tree``: the one whose hashes to compare."""
+    partial.refuse_small_disk(writer.num_bytes)
+    checker = _Checker(tree) if tree else None
+    bar = progress("export", writer.num_bytes)
+    try:
+        writer.write(partial, bar)
+        for name, path in export.copies.items():
+            partial.copy(path, name)
+        for name, content in export.files.items():
+            partial.write(name, content)
+        # Last: the processor's generation settings know the template's end.
+        for name in sorted(os.listdir(beside)):
+            partial.copy(os.path.join(beside, name), name)
+    finally:
+        damaged = checker.join() if checker else []
+    if damaged:
+        raise UserError(f"--load {tree}: {'; '.join(damaged)}. Export another checkpoint: --step N, or a good copy")
+    return bar
 
 
 class _Checker:
