@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import threading
 
@@ -30,7 +31,7 @@ def test_ranges_cover_all_rows_once_and_are_bounded(shape, most, count):
     assert len(ranges) == count
     assert ranges[0][0] == 0
     assert ranges[-1][1] == shape[0]
-    assert all(end == start for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(end == start for (_, end), (start, _) in itertools.pairwise(ranges))
     row = 4 * (shape[1] if len(shape) > 1 else 1)
     assert max(end - start for start, end in ranges) * row <= max(most, row)
 
@@ -43,7 +44,7 @@ def test_blocks_come_in_order_and_own_their_bytes(dtype):
     for block, content in read_ahead(blocks_of(tensor, 100)):
         assert content.untyped_storage().nbytes() == block.num_bytes
         found.append(content.clone())
-    assert len(found) > 3
+    assert len(found) >= 3
     assert torch.equal(torch.cat(found), tensor)
 
 
