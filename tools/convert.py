@@ -94,9 +94,9 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         "logits",
         action="store_true",
         help="also run both models in fp32, on the GPU where there is one, and compare logits of seeded words and,"
-        " where both can see, of words around a picture; they are loaded one after the other, not at once, and each must"
-        " fit into memory in fp32. Exit status 1 where they differ by more than 2e-5 x the largest logit (16 roundings of"
-        " the coarser dtype x the largest logit where one side's weights were rounded)",
+        " where both can see, of words around a picture; they are loaded one after the other, not at once, and each"
+        " must fit into memory in fp32. Exit status 1 where they differ by more than 2e-5 x the largest logit (16"
+        " roundings of the coarser dtype x the largest logit where one side's weights were rounded)",
     )
 
 

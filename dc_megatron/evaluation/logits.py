@@ -61,8 +61,8 @@ class LogitComparison:
     def lines(self) -> list[str]:
         """For people, one for each input."""
         return [
-            f"logits of {d.input}: {'equal' if d.equal else 'DIFFERENT'}, by {d.largest:.3g} at most; tolerance"
-            f" {d.tolerance:.3g} ({d.why}); the same token first at {d.same_tokens} of {d.places} positions"
+            f"logits of {d.input}: the largest difference is {d.largest:.3g}, {'within' if d.equal else 'OVER'} the"
+            f" tolerance of {d.tolerance:.3g} ({d.why}); same first token at {d.same_tokens} of {d.places} positions"
             for d in self.differences
         ]
 
