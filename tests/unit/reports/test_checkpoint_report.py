@@ -231,6 +231,19 @@ def test_one_flipped_bit_in_any_file_is_reported_with_its_name(copy, name, tree,
     assert f"{files[-1].name}" in out
 
 
+def test_a_tower_that_the_folder_carries_is_compared_with_its_recorded_hash(copy, made):
+    folder = copy("imported")
+    (folder / "hf" / "vision_tower").mkdir(exist_ok=True)
+    weights = shutil.copy(made / "clip" / "model.safetensors", folder / "hf" / "vision_tower")
+    description = folder / "hf" / checkpoint_folder.DESCRIPTION
+    recorded = {"vision_tower_hash": checkpoint_folder.hash_folder_weights(str(made / "clip"))}
+    description.write_text(json.dumps({**json.loads(description.read_text()), **recorded}))
+    assert examine(str(folder), check=True)["problems"] == []
+    flip(Path(weights), 8 * 3000)
+    problems = examine(str(folder), check=True)["problems"]
+    assert problems == ["hf/vision_tower: its weights are not those that were written"]
+
+
 def test_a_lost_file_and_a_cut_one_need_no_check(copy):
     folder = copy("training")
     os.truncate(folder / "iter_0000004" / "__0_0.distcp", 100)
