@@ -59,17 +59,3 @@ def test_tools_take_it_with_a_tower_and_a_projector(workspace, imported, stage_1
     direct = score(workspace, tmp_path / "b", "--model_name_or_path", workspace["llama"], *parts)
     assert converted["loss"] == pytest.approx(direct["loss"], abs=2e-5)
     assert converted["supervised_tokens"] == direct["supervised_tokens"]
-
-
-def test_tools_say_what_a_language_model_alone_lacks(workspace, imported, tmp_path):
-    words = ["--data_path", workspace["data"], "--image_folder", workspace["images"], "--load", str(imported)]
-    given = []
-    for flag, value in (
-        ("--vision_tower", workspace["clip"]),
-        ("--mm_dense_connector_type", "dci"),
-        ("--pretrain_mm_mlp_adapter", ""),
-    ):
-        done = run([sys.executable, "tools/score.py", *words, *given], tmp_path / flag, cwd=ROOT)
-        done.assert_refused(f"--load {imported}", "language model alone", f"{flag} is missing")
-        assert done.status == 2
-        given += [flag, value]
