@@ -40,11 +40,14 @@ class PositionedFile:
         self.path = path
         self.size = os.path.getsize(path)
         self._number, self._held = next(_numbers), None
+        self._read_ahead = True
 
     def _descriptor(self) -> _Descriptor:
         with _lock:
             if self._held is None:
                 self._held = _Descriptor(self.path)
+                if not self._read_ahead:
+                    os.posix_fadvise(self._held.number, 0, 0, os.POSIX_FADV_RANDOM)
                 _recently_used[self._number] = weakref.ref(self)
             _recently_used.move_to_end(self._number)
             if len(_recently_used) > _MOST_OPEN:
@@ -52,6 +55,14 @@ class PositionedFile:
                 if oldest is not None:
                     oldest._held = None
             return self._held
+
+    def stop_read_ahead(self) -> None:
+        """From now on the kernel fetches what is asked for and nothing behind it: for readers of parts of tensors."""
+        with _lock:
+            if self._read_ahead:
+                self._read_ahead = False
+                if self._held is not None:
+                    os.posix_fadvise(self._held.number, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read_into(self, buffer, offset: int) -> None:
         """Fill the writable ``buffer`` (bytes-like) with the bytes from ``offset`` on; EOFError where the file ends."""

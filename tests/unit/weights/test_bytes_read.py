@@ -4,9 +4,11 @@ import os
 from collections import Counter
 
 import pytest
+import torch
 
 from dc_megatron.config import LanguageConfig
 from dc_megatron.weights.language_loading import LanguageWeights
+from dc_megatron.weights.safetensors_files import open_checkpoint
 from tests.helpers.tiny_models import as_old_bin, tiny_llama
 
 # Rows that a 7B Llama keeps whole, where the shards are halves: 1 + 30 percent of the weights.
@@ -51,6 +53,20 @@ def test_half_a_llama(form, rank, proportioned, reads, tmp_path):
     assert 1.2 < total / shards <= MOST
     starts = Counter((file, start) for file, start, _ in reads)
     assert max(starts.values()) == 1
+
+
+def test_the_kernel_does_not_read_ahead_for_a_rank(proportioned, monkeypatch):
+    """What lies behind a rank's rows is the next rank's. Whole tensors, as conversions read them, are read ahead."""
+    advised = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: advised.append(arguments[1:]))
+    checkpoint = open_checkpoint(proportioned)
+    name = "model.layers.0.mlp.up_proj.weight"
+    checkpoint.read(name)
+    checkpoint.read_rows(name, 0, 8, torch.empty(8, 256, dtype=checkpoint.dtype(name)))
+    assert advised == []
+    checkpoint.read(name, (0, 8))
+    checkpoint.read(name, (8, 16))
+    assert advised == [(0, 0, os.POSIX_FADV_RANDOM)]
 
 
 def test_memory_does_not_grow_with_the_file(proportioned, reads):
