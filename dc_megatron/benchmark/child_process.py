@@ -75,7 +75,7 @@ class MemorySampler:
     def __init__(self, leader: int):
         self.peak_anonymous = 0
         self.peak_resident = 0
-        self._disk_read: dict[int, int] = {}
+        self.disk_read = 0
         self._leader = leader
         self._family = {leader}
         self._others: set[int] = set()
@@ -95,16 +95,12 @@ class MemorySampler:
             self.sample()
             self._stopped.wait(SAMPLE_SECONDS)
 
-    @property
-    def disk_read(self) -> int:
-        """Bytes read from the disk until the last look."""
-        return sum(self._disk_read.values())
-
     def sample(self) -> None:
         """Take one look."""
         self._find_family()
         found = [fields for pid in self._family if (fields := status_fields(pid))]
-        self._disk_read |= {pid: read for pid in self._family if (read := disk_read_of(pid))}
+        # What a child read is added to its parent's when it ends, so only the living are counted.
+        self.disk_read = max(self.disk_read, sum(map(disk_read_of, self._family)))
         anonymous = sum(fields.get("RssAnon", 0) + fields.get("RssShmem", 0) for fields in found)
         self.peak_anonymous = max(self.peak_anonymous, anonymous)
         self.peak_resident = max(self.peak_resident, sum(fields.get("VmHWM", 0) for fields in found))
