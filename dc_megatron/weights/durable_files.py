@@ -24,6 +24,8 @@ from dc_megatron.errors import UserError
 _BLOCK = 1 << 24
 _JOURNAL = "journal.jsonl"
 _LOCK = ".lock"
+# As in manifest.py, which rests on this file.
+_MANIFEST = "dc_manifest.json"
 
 
 @dataclass(frozen=True)
@@ -158,22 +160,24 @@ class PartialFolder:
 
     ``plan`` says what is being made of what, in bytes that change when either does. An earlier attempt at the same plan
     goes on: files that it finished, by its journal, are kept; everything else in it is removed. As a context it leaves
-    the attempt for a later one where ``finish`` was not called. UserError: the folder exists and is not empty, or
-    another process is at work on it.
+    the attempt for a later one where ``finish`` was not called. A link to an empty folder is followed. UserError: the
+    folder exists and is not empty or cannot be renamed to, another process is at work on it, or ``FOLDER.partial`` is
+    not ours.
     """
 
     def __init__(self, folder: str, plan: str, flag: str = "--save"):
-        self.folder = os.path.abspath(folder)
-        self.path = self.folder + ".partial"
         self._what = f"{flag} {folder}"
-        self._refuse_existing()
+        self._refuse_existing(os.path.abspath(folder))
+        self.folder = os.path.realpath(folder)
+        self.path = self.folder + ".partial"
+        self._refuse_what_is_not_ours()
         os.makedirs(self.path, exist_ok=True)
         self._lock = self._take_lock()
         self.finished: dict[str, Digest] = {}
         self.notes: dict[str, object] = {}
         self._journal: HashedFile | None = None
         try:
-            self._refuse_existing()
+            self._refuse_existing(self.folder)
             if not self._take_up(plan):
                 self._empty(keep=())
                 self._journal = HashedFile(self._inside(_JOURNAL))
@@ -182,9 +186,23 @@ class PartialFolder:
             self.close()
             raise
 
-    def _refuse_existing(self) -> None:
-        if os.path.lexists(self.folder) and not (os.path.isdir(self.folder) and not os.listdir(self.folder)):
+    def _refuse_existing(self, folder: str) -> None:
+        if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
             raise UserError(f"{self._what}: is there already; nothing is overwritten: give a new or empty folder")
+        if os.path.ismount(folder):
+            raise UserError(f"{self._what}: a disk is mounted there, which no rename replaces; give a folder inside it")
+
+    def _refuse_what_is_not_ours(self) -> None:
+        """A folder of that name which no attempt has made would be emptied."""
+        if os.path.lexists(self.path) and not os.path.isdir(self.path):
+            raise UserError(f"{self._what}: {self.path} is in the way; move it, or give another name")
+        # Every attempt begins with its lock; what is whole and lacks its last rename has a manifest instead.
+        names = {name for _, _, found in os.walk(self.path) for name in found}
+        if names and not names & {_LOCK, _JOURNAL, _MANIFEST}:
+            raise UserError(
+                f"{self._what}: would be made in {self.path}, which is there and holds something else; move that, or"
+                " give another name"
+            )
 
     def _inside(self, name: str) -> str:
         return os.path.join(self.path, name)

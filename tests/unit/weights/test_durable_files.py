@@ -102,7 +102,8 @@ def make(folder, plan: str = "plan", files: dict[str, bytes] | None = None) -> N
         partial.finish()
 
 
-FILES = {"one": b"1" * 10, "sub/two": b"2" * 20, "three": b"3"}
+# The last one as every folder has it: it tells one that is whole, and lacks its name, from what is not ours.
+FILES = {"one": b"1" * 10, "sub/two": b"2" * 20, "three": b"3", "dc_manifest.json": b"{}"}
 
 
 def content(folder) -> dict[str, bytes]:
@@ -134,6 +135,36 @@ def test_an_empty_folder_of_that_name_is_used(tmp_path):
     (tmp_path / "out").mkdir()
     make(tmp_path / "out")
     assert content(tmp_path / "out") == FILES
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    os.symlink("disk", tmp_path / "out")
+    make(tmp_path / "out")
+    assert os.path.islink(tmp_path / "out")
+    assert content(tmp_path / "disk") == FILES
+    assert sorted(os.listdir(tmp_path)) == ["disk", "out"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"--save .*out: a disk is mounted there"):
+        make(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("there", ["file", "folder"])
+def test_a_partial_folder_of_somebody_else_is_not_emptied(tmp_path, there):
+    other = tmp_path / "out.partial"
+    if there == "folder":
+        (other / "sub").mkdir(parents=True)
+    precious = other / "sub" / "thesis.txt" if there == "folder" else other
+    precious.write_text("years of work")
+    with pytest.raises(UserError, match=r"--save .*out: .*out\.partial"):
+        make(tmp_path / "out")
+    assert precious.read_text() == "years of work"
+    assert os.listdir(tmp_path) == ["out.partial"]
 
 
 def test_at_every_stop_the_folder_is_absent_or_whole_and_the_next_attempt_finishes_it(tmp_path, stop_at):
