@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 
@@ -16,6 +17,7 @@ class WorkFolder:
 
     Whatever an earlier run left there is removed, but a source that is what is asked for. At the end all is removed,
     with ``keep`` all but the source. ``copies``: how many checkpoints of full size will lie beside the source at once.
+    UserError: no room, or another benchmark is at work in FOLDER, which would spoil both.
     """
 
     def __init__(
@@ -24,10 +26,13 @@ class WorkFolder:
         self.path = os.path.join(os.path.abspath(folder), f"dc-benchmark-{shape}")
         self.size = num_bytes(shape_of(shape, layers))
         self._what = f"--folder {folder}"
+        self._lock = -1
         self._arguments = (shape, layers, sparse)
         self._copies, self._keep = copies, keep
 
     def __enter__(self) -> WorkFolder:
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        self._take_lock()
         os.makedirs(self.path, exist_ok=True)
         written = is_written(self.inside(SOURCE), *self._arguments)
         self._remove_all_but(SOURCE if written else "")
@@ -44,6 +49,16 @@ class WorkFolder:
         self._remove_all_but(SOURCE if self._keep else "")
         if not os.listdir(self.path):
             os.rmdir(self.path)
+        os.close(self._lock)
+
+    def _take_lock(self) -> None:
+        """The folder itself is locked, so nothing has to be cleared away after a benchmark that was killed."""
+        self._lock = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise UserError(f"{self._what}: another benchmark is at work there; wait for it") from None
 
     def inside(self, name: str) -> str:
         """The path of something in the folder."""

@@ -114,6 +114,16 @@ def test_a_kept_source_is_used_again_and_leftovers_are_removed(converter, tmp_pa
     assert not work.exists()
 
 
+def test_two_benchmarks_do_not_share_a_folder(tmp_path):
+    with work_folder.WorkFolder(str(tmp_path), "tiny", None) as first:
+        for shape in ("tiny", "7b"):
+            with pytest.raises(UserError, match="another benchmark is at work"):
+                work_folder.WorkFolder(str(tmp_path), shape, None).__enter__()
+        assert os.listdir(first.path) == ["source"]
+    with work_folder.WorkFolder(str(tmp_path), "tiny", None):
+        pass
+
+
 def test_a_step_that_fails_ends_the_run_and_leaves_nothing(converter, tmp_path):
     broken = (*converter[:2], "-c", "import sys; sys.exit('no such thing')")
     with pytest.raises(UserError, match="no such thing"):
