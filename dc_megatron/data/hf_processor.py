@@ -216,7 +216,7 @@ def _tokenizer_config(source: TextTokenizer, adds_bos: bool, vocab_rows: int, mo
 
 def _image_processor(vision: VisionConfig, image_aspect_ratio: str, pinpoints) -> dict:
     """preprocessor_config.json. CLIPImageProcessor pads nothing and crops, so ``pad`` needs LlavaImageProcessor."""
-    if next is None:
+    if pinpoints is None:
         one_of(image_aspect_ratio, IMAGE_ASPECT_RATIOS, "--image_aspect_ratio")
     side = vision.image_size
     square = {"height": side, "width": side}

@@ -300,6 +300,11 @@ def test_an_image_token_that_is_there_keeps_its_id(tmp_path):
         write(tmp_path / "other", source, "mpt", image_token_id=470)
 
 
+def test_an_aspect_ratio_that_no_processor_has_is_refused(sources, tmp_path):
+    with pytest.raises(UserError, match="--image_aspect_ratio crop: unknown"):
+        write(tmp_path / "out", sources["legacy"], "v1", aspect="crop")
+
+
 def test_a_tokenizer_that_stock_files_cannot_say_is_refused(tmp_path):
     """A sentencepiece model that rewrites characters: training obeyed it, tokenizer.json as written does not."""
     import sentencepiece
