@@ -21,16 +21,12 @@ import xxhash
 from dc_megatron.errors import UserError
 from dc_megatron.weights import durable_files, manifest
 from dc_megatron.weights.manifest import MANIFEST, Manifest
-from dc_megatron.weights.weight_files import find_weights
+from dc_megatron.weights.weight_files import find_weights, tokenizer_files
 
 DESCRIPTION = "dc_megatron.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 _ITERATION = re.compile(r"iter_(\d{7,})")
-_TOKENIZER_FILES = re.compile(
-    r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*|"
-    r"generation_config\.json|config\.json)"
-)
 _VISION_FILES = ("config.json", "preprocessor_config.json")
 
 
@@ -204,9 +200,9 @@ def write_side_files(folder: str, language_folder: str, description: CheckpointD
     target = os.path.join(folder, "hf")
     tower = os.path.join(target, "vision_tower")
     os.makedirs(tower, exist_ok=True)
-    for name in os.listdir(language_folder):
-        if _TOKENIZER_FILES.fullmatch(name):
-            _copy(os.path.join(language_folder, name), os.path.join(target, name))
+    for name, path in tokenizer_files(language_folder).items():
+        _copy(path, os.path.join(target, name))
+    _copy(os.path.join(language_folder, "config.json"), os.path.join(target, "config.json"))
     for name in _VISION_FILES:
         source = os.path.join(description.vision_tower, name)
         if description.vision_tower and os.path.isfile(source):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,11 +10,6 @@ import torch
 
 from dc_megatron.weights.tensor_reader import TensorReader
 
-# What goes along with a model of LLaVA's format as it is.
-_TOKENIZER_FILES = re.compile(
-    r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*|"
-    r"generation_config\.json)"
-)
 # Entries of a configuration that speak of a file of weights and not of the model.
 _OF_THE_FILE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures", "auto_map")
 
@@ -41,11 +34,6 @@ class Export:
 def json_bytes(content: dict) -> bytes:
     """As transformers writes its configurations."""
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-
-
-def tokenizer_files(folder: str) -> dict[str, str]:
-    """Name -> path of the tokenizer's files and generation_config.json in ``folder``."""
-    return {name: os.path.join(folder, name) for name in sorted(os.listdir(folder)) if _TOKENIZER_FILES.fullmatch(name)}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -13,8 +13,9 @@ import torch
 
 from dc_megatron.config import one_of
 from dc_megatron.errors import UserError
+from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.durable_files import PartialFolder
-from dc_megatron.weights.export_plan import Export, json_bytes, portable_text_config, tokenizer_files
+from dc_megatron.weights.export_plan import Export, json_bytes, portable_text_config
 from dc_megatron.weights.folder_identity import folder_identity
 from dc_megatron.weights.hf_llava_format import hf_llava_export
 from dc_megatron.weights.importer import Converted
@@ -27,6 +28,7 @@ from dc_megatron.weights.model_parts import ModelFolder
 from dc_megatron.weights.progress import Progress
 from dc_megatron.weights.safetensors_writer import SafetensorsWriter
 from dc_megatron.weights.tensor_reader import Renamed
+from dc_megatron.weights.weight_files import tokenizer_files
 
 FORMATS = ("hf", "llava", "hf-llava")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -60,19 +62,24 @@ def export_checkpoint(
     """Write ``save`` in ``format`` from ``load``: a checkpoint of training or import, or any folder that can be read.
 
     ``dtype``: bf16, fp16 or fp32; "" keeps each tensor's. ``check``: read all files of the checkpoint besides and
-    compare their hashes; nothing appears where one differs. ``processor`` serves hf-llava. UserError:
-    nothing to export, a model that the format cannot say, damaged files, a target that exists, no room.
+    compare their hashes, and that of its tower; nothing appears where one differs. ``processor`` serves hf-llava.
+    UserError: nothing to export, a model that the format cannot say, damaged files, another tower than that of
+    training, a target that exists, no room.
     """
     one_of(format, FORMATS, "--format")
     if dtype:
         one_of(dtype, tuple(DTYPES), "--dtype")
     model, tree = open_any(load, step, vision_tower)
+    if tree and check and format != "hf":
+        _refuse_another_tower(load, model, vision_tower)
     stock = processor if format == "hf-llava" else None
     image_token = stock.image_token(model) if stock else None
     export = plan_export(model, format, DTYPES.get(dtype), tower_name, modeling_code, image_token)
     writer = SafetensorsWriter(export.tensors, DTYPES.get(dtype))
-    settings = [format, dtype, tower_name, modeling_code, folder_identity(tree or load)]
-    plan = json.dumps(["export", 1, settings, folder_identity(os.path.join(load, "hf"))])
+    settings = [format, dtype, tower_name, modeling_code]
+    # The tower may lie elsewhere and be named by the model: its weights are a part of what is written.
+    sources = [folder_identity(path) for path in (tree or load, os.path.join(load, "hf"), model.tower_folder)]
+    plan = json.dumps(["export", 2, settings, sources])
     with tempfile.TemporaryDirectory() as beside:
         if stock:
             # First: what it refuses is refused before hours of writing.
@@ -85,6 +92,22 @@ def export_checkpoint(
             partial.write(MANIFEST, manifest_bytes(content, files))
             partial.finish()
     return Converted(save, len(export.tensors.names()), writer.num_bytes, bar.finish(), export.notes)
+
+
+def _refuse_another_tower(load: str, model: ModelFolder, given: str) -> None:
+    """UserError where the tower's weights are not those that the checkpoint was trained with, as far as it says.
+
+    A tower that is not there is refused by the formats that need one.
+    """
+    described = checkpoint_folder.read_description(load)
+    tower = model.tower_folder or described.vision_tower
+    wanted = described.vision_tower_hash
+    if wanted and os.path.isdir(tower) and checkpoint_folder.hash_folder_weights(tower) != wanted:
+        flag = f"--vision-tower {tower}" if given else f"--load {load}: the tower in {tower}"
+        raise UserError(
+            f"{flag}: its weights are not those that {load} was trained with; give the folder with those:"
+            " --vision-tower DIR"
+        )
 
 
 def open_any(folder: str, step: int | None, vision_tower: str, flag: str = "--load") -> tuple[ModelFolder, str]:
@@ -146,8 +169,11 @@ def _write(
         # Last: the processor's generation settings know the template's end.
         for name in sorted(os.listdir(beside)):
             partial.copy(os.path.join(beside, name), name)
-    finally:
         damaged = checker.join() if checker else []
+    except BaseException:
+        if checker:
+            checker.stop()
+        raise
     if damaged:
         raise UserError(f"--load {tree}: {'; '.join(damaged)}. Export another checkpoint: --step N, or a good copy")
     return bar
@@ -161,17 +187,31 @@ class _Checker:
         assert manifest is not None, f"{tree}: {reason}"
         self._damaged: list[str] = []
         self._error: Exception | None = None
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(tree, manifest), name="checker", daemon=True)
         self._thread.start()
 
     def _run(self, tree: str, manifest) -> None:
         try:
-            self._damaged = damaged_files(tree, manifest)
+            self._damaged = damaged_files(tree, manifest, progress=self._leave_where_asked)
         except Exception as error:
             self._error = error
+
+    def _leave_where_asked(self, num_bytes: int) -> None:
+        if self._stopped.is_set():
+            raise _Stopped
+
+    def stop(self) -> None:
+        """Read no further: nobody will ask, and a checkpoint takes minutes."""
+        self._stopped.set()
+        self._thread.join()
 
     def join(self) -> list[str]:
         self._thread.join()
         if self._error is not None:
             raise self._error
         return self._damaged
+
+
+class _Stopped(Exception):
+    """The export has ended before its check."""

@@ -16,7 +16,7 @@ import torch
 
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, layer_table, one_of
 from dc_megatron.errors import UserError
-from dc_megatron.weights.export_plan import Export, json_bytes, portable_text_config, tokenizer_files
+from dc_megatron.weights.export_plan import Export, json_bytes, portable_text_config
 from dc_megatron.weights.model_parts import (
     NEWLINE,
     PROJECTOR,
@@ -33,6 +33,7 @@ from dc_megatron.weights.names import refuse_wrong_names, refuse_wrong_shape
 from dc_megatron.weights.public_towers import PUBLIC_TOWERS, public_tower_name
 from dc_megatron.weights.safetensors_files import open_checkpoint
 from dc_megatron.weights.tensor_reader import Merged, Renamed
+from dc_megatron.weights.weight_files import tokenizer_files
 
 _PROJECTOR = "model.mm_projector."
 _NEWLINE = "model.image_newline"

@@ -1,8 +1,12 @@
-"""Which files of a Hugging Face folder hold its weights. Needs no torch: nothing but an index is read."""
+"""Which files of a Hugging Face folder hold its weights, and which its tokenizer.
+
+Needs no torch: nothing but an index is read.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 
 from dc_megatron.config import read_json_file
 from dc_megatron.errors import UserError
@@ -14,6 +18,16 @@ FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_TOKENIZER_FILES = re.compile(
+    r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*|"
+    r"generation_config\.json)"
+)
+
+
+def tokenizer_files(folder: str) -> dict[str, str]:
+    """Name -> path of the tokenizer's files and generation_config.json in ``folder``; not of folders named alike."""
+    names = [name for name in sorted(os.listdir(folder)) if _TOKENIZER_FILES.fullmatch(name)]
+    return {name: path for name in names if os.path.isfile(path := os.path.join(folder, name))}
 
 
 def find_weights(folder: str, what: str) -> tuple[list[str], dict[str, str]]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dc_megatron.config import ConnectorConfig
 from dc_megatron.errors import UserError
-from dc_megatron.weights import block_stream, durable_files, safetensors_writer, torch_dist_writer
+from dc_megatron.weights import block_stream, durable_files, exporter, safetensors_writer, torch_dist_writer
 from dc_megatron.weights.exporter import export_checkpoint
 from dc_megatron.weights.importer import import_checkpoint
 from dc_megatron.weights.manifest import damaged_files, read_manifest
@@ -316,3 +316,66 @@ def test_a_file_cut_short_while_it_is_read(tmp_path, llama):
     with pytest.raises(UserError, match=r"model-00002-of-00002.safetensors"):
         bring_in(source, tmp_path / "tree")
     assert not (tmp_path / "tree").exists()
+
+
+def test_folders_named_like_files_of_a_tokenizer_stay_behind(tmp_path, llama):
+    source = shutil.copytree(llama, tmp_path / "source")
+    (source / "tokenizer_old").mkdir()
+    (source / "tokenizer_config.json").write_text("{}")
+    bring_in(source, tmp_path / "tree")
+    assert "tokenizer_config.json" in os.listdir(tmp_path / "tree" / "hf")
+    assert "tokenizer_old" not in os.listdir(tmp_path / "tree" / "hf")
+    bring_out(source, "hf", tmp_path / "out")
+    assert "tokenizer_old" not in os.listdir(tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def two_towers(tmp_path_factory, llama):
+    """(checkpoint imported with the first tower, that tower, another of the same shape)."""
+    base = tmp_path_factory.mktemp("towers")
+    one, other = tiny_clip(base / "one"), tiny_clip(base / "other", seed=7)
+    source = llava_folder(base / "llava", llama, one, ConnectorConfig("sci"))
+    bring_in(source, base / "tree")
+    return str(base / "tree"), one, other
+
+
+@pytest.mark.parametrize("kind", ["llava", "hf-llava"])
+def test_a_tower_that_was_not_trained_with_is_refused(tmp_path, two_towers, kind):
+    tree, one, other = two_towers
+    with pytest.raises(UserError, match=r"--vision-tower .*other: its weights are not those that .*tree was trained"):
+        bring_out(tree, kind, tmp_path / "out", vision_tower=other)
+    moved = shutil.copytree(one, tmp_path / "moved")
+    bring_out(tree, kind, tmp_path / "out", vision_tower=str(moved))
+    bring_out(tree, kind, tmp_path / "unchecked", vision_tower=other, check=False)
+
+
+def test_another_tower_starts_an_export_over(tmp_path, two_towers, monkeypatch):
+    tree, one, other = two_towers
+    bring_out(tree, "hf-llava", tmp_path / "wanted", vision_tower=other, check=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(durable_files.PartialFolder, "finish", _killed)
+        with pytest.raises(Killed):
+            bring_out(tree, "hf-llava", tmp_path / "out", vision_tower=one, check=False)
+    assert (tmp_path / "out.partial" / "model.safetensors").exists()
+    bring_out(tree, "hf-llava", tmp_path / "out", vision_tower=other, check=False)
+    assert_same(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "wanted"))
+
+
+def _killed(partial) -> None:
+    raise Killed
+
+
+def test_an_export_that_ends_early_does_not_wait_for_its_check(tmp_path, llama, monkeypatch):
+    bring_in(llama, tmp_path / "tree")
+    read = []
+
+    def endless(folder, manifest, progress):
+        while True:
+            read.append(1)
+            progress(1)
+
+    monkeypatch.setattr(exporter, "damaged_files", endless)
+    monkeypatch.setattr(safetensors_writer.SafetensorsWriter, "write", lambda *_: _killed(None))
+    with pytest.raises(Killed):
+        bring_out(tmp_path / "tree", "hf", tmp_path / "out")
+    assert read
