@@ -130,6 +130,42 @@ def read_json_file(folder: str, name: str, what: str) -> dict:
     return content
 
 
+def _check_sizes(values: dict, keys: tuple[str, ...], what: str) -> None:
+    """UserError where one of ``keys`` of a config.json is no size; ``what`` begins it."""
+    for key in keys:
+        if type(values[key]) is not int or values[key] < 1:
+            raise UserError(f"{what}: config.json says {key} {values[key]!r}; it must be a whole number above 0")
+
+
+def part_of_config(config: dict, key: str, what: str) -> dict:
+    """The object at ``key`` of a config.json, {} where there is none."""
+    part = config.get(key) or {}
+    if not isinstance(part, dict):
+        raise UserError(f"{what}: config.json says {key} {part!r}; it must be an object")
+    return part
+
+
+def refuse_quantised(config: dict, what: str) -> None:
+    """UserError for weights in a quantised format: their tensors are codes and scales."""
+    if config.get("quantization_config"):
+        method = part_of_config(config, "quantization_config", what).get("quant_method", "of an unnamed method")
+        raise UserError(
+            f"{what}: config.json has a quantization_config ({method}); give the model in bf16, fp16 or fp32, or take"
+            " the entry out where the weights are not quantised"
+        )
+
+
+_LANGUAGE_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_VISION_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """Shape of a frozen Hugging Face vision tower and of the pixels it takes."""
@@ -183,14 +219,16 @@ class VisionConfig:
             "clip_vision_model": "clip",
             "siglip": "siglip",
             "siglip_vision_model": "siglip",
-        }.get(model_type)
+        }.get(str(model_type))
         if family is None:
             raise UserError(
                 f"{what}: config.json says model_type '{model_type}', which is no vision tower known here;"
                 " give a CLIP or SigLIP folder"
             )
         values = dict(_VISION_DEFAULTS[family])
-        values.update({k: v for k, v in config.get("vision_config", config).items() if k in values})
+        config = part_of_config(config, "vision_config", what) if "vision_config" in config else config
+        values.update({k: v for k, v in config.items() if k in values})
+        _check_sizes(values, _VISION_SIZES, what)
         mean, std = _IMAGE_STATISTICS[family]
         mean = tuple((processor or {}).get("image_mean", mean))
         std = tuple((processor or {}).get("image_std", std))
@@ -209,6 +247,8 @@ class ConnectorConfig:
     def __post_init__(self):
         one_of(self.dense_connector_type, CONNECTOR_TYPES, "--mm_dense_connector_type")
         one_of(self.projector_type, PROJECTOR_TYPES, "--mm_projector_type")
+        if type(self.select_layer) is not int:
+            raise UserError(f"--mm_vision_select_layer {self.select_layer!r}: it must be a whole number, such as -2")
 
     def input_size(self, vision: VisionConfig) -> int:
         """Channels that enter the projector."""
@@ -314,11 +354,12 @@ class LanguageConfig:
     def from_config(cls, config: dict, what: str, path: str = "") -> LanguageConfig:
         """The same from the content of ``config.json``; ``what`` begins the UserError."""
         model_type = config.get("model_type")
-        if model_type not in _LANGUAGE_DEFAULTS:
+        if str(model_type) not in _LANGUAGE_DEFAULTS:
             raise UserError(
                 f"{what}: config.json says model_type '{model_type}'; available: llama (Llama 2/3/3.1, Vicuna, Yi),"
                 " mistral and qwen2 (Qwen2, Qwen2.5)"
             )
+        refuse_quantised(config, what)
         # Qwen2 has biases on queries, keys and values whatever config.json says; Llama's flags mean other ones.
         for key in () if model_type == "qwen2" else ("attention_bias", "mlp_bias"):
             if config.get(key):
@@ -326,6 +367,9 @@ class LanguageConfig:
         if config.get("hidden_act", "silu") != "silu":
             raise UserError(f"{what}: config.json says hidden_act '{config['hidden_act']}'; only silu is available")
         values = {**_LANGUAGE_DEFAULTS[model_type], **config}
+        _check_sizes(values, _LANGUAGE_SIZES, what)
+        # transformers 5 writes rope_parameters; before that it was rope_scaling beside rope_theta.
+        rope = part_of_config(config, "rope_parameters", what) or part_of_config(config, "rope_scaling", what)
         heads = values["num_attention_heads"]
         return cls(
             model_type=model_type,
@@ -337,8 +381,8 @@ class LanguageConfig:
             head_dim=config.get("head_dim") or values["hidden_size"] // heads,
             vocab_size=values["vocab_size"],
             rms_norm_eps=values["rms_norm_eps"],
-            rope_theta=_rope_theta(config),
-            rope_scaling_factor=_rope_scaling_factor(config, what),
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+            rope_scaling_factor=_rope_scaling_factor(rope, what),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_position_embeddings=values["max_position_embeddings"],
             sliding_window=_sliding_window(model_type, values),
@@ -362,17 +406,7 @@ def _sliding_window(model_type: str, values: dict) -> int | None:
     return values["sliding_window"] if sliding else None
 
 
-def _rope_parameters(config: dict) -> dict:
-    """transformers 5 writes ``rope_parameters``; before that it was ``rope_scaling`` beside ``rope_theta``."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def _rope_theta(config: dict) -> float:
-    return float(_rope_parameters(config).get("rope_theta") or config.get("rope_theta") or 10000.0)
-
-
-def _rope_scaling_factor(config: dict, what: str) -> float | None:
-    rope = _rope_parameters(config)
+def _rope_scaling_factor(rope: dict, what: str) -> float | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None

@@ -20,7 +20,9 @@ from dc_megatron.config import (
     VisionConfig,
     image_tokens,
     layer_table,
+    part_of_config,
     read_json_file,
+    refuse_quantised,
 )
 from dc_megatron.errors import UserError
 from dc_megatron.weights.derived_tensors import ColumnBlocks, WithZeroRows
@@ -66,9 +68,10 @@ def open_hf_llava(folder: str, config: dict, flag: str, vision_tower: str = "") 
     what = f"{flag} {folder}"
     if vision_tower:
         raise UserError(f"--vision-tower {vision_tower}: {folder} has a tower of its own; leave the flag out")
-    text = _text_config(config)
+    refuse_quantised(config, what)
+    text = _text_config(config, what)
     language = LanguageConfig.from_config(text, what, folder)
-    tower_config = {"model_type": "clip_vision_model", **(config.get("vision_config") or {})}
+    tower_config = {"model_type": "clip_vision_model", **part_of_config(config, "vision_config", what)}
     processor = _processor_config(folder, what)
     vision = VisionConfig.from_config(tower_config, what, processor)
     vision, connector = _connector(config, vision, what)
@@ -106,9 +109,9 @@ def open_hf_llava(folder: str, config: dict, flag: str, vision_tower: str = "") 
     )
 
 
-def _text_config(config: dict) -> dict:
+def _text_config(config: dict, what: str) -> dict:
     """The language model's configuration; values that equal the defaults of its class may be missing."""
-    text = config.get("text_config") or {}
+    text = part_of_config(config, "text_config", what)
     tied = bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
     return {"model_type": "llama", **text, "tie_word_embeddings": tied}
 
@@ -135,7 +138,9 @@ def _connector(config: dict, vision: VisionConfig, what: str) -> tuple[VisionCon
         )
     depth = vision.num_hidden_layers
     layers = config.get("vision_feature_layer", -2)
-    single = isinstance(layers, int)
+    single = type(layers) is int
+    if not single and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+        raise UserError(f"{what}: vision_feature_layer {layers!r} is neither a layer nor a list of layers")
     found = [layer if layer >= 0 else depth + 1 + layer for layer in ([layers] if single else layers)]
     if not found or not all(0 <= layer <= depth for layer in found):
         raise UserError(f"{what}: vision_feature_layer {layers} of a tower of {depth} layers")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-from dc_megatron.config import padded_vocab_size
+from dc_megatron.config import IMAGE_ASPECT_RATIOS, TEMPLATES, one_of, padded_vocab_size
 from dc_megatron.errors import UserError
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.durable_files import PartialFolder
@@ -61,8 +61,12 @@ def import_checkpoint(
     """Write ``save`` with ``release/``, ``hf/`` and the tracker, in the dtypes of ``hf``.
 
     ``save`` appears when it is whole; an interrupted import is taken up by the same call. UserError: folders that are
-    no model, incomplete or contradictory, a target that exists, no room.
+    no model, incomplete or contradictory, settings that nobody knows, a target that exists, no room.
     """
+    if version:
+        one_of(version, TEMPLATES, "--version")
+    if image_aspect_ratio:
+        one_of(image_aspect_ratio, IMAGE_ASPECT_RATIOS, "--image-aspect-ratio")
     model = open_model(
         hf,
         "--hf",
@@ -70,6 +74,8 @@ def import_checkpoint(
         projector=projector,
         dense_connector_type=dense_connector_type,
     )
+    if image_aspect_ratio and model.image_grid_pinpoints:
+        raise UserError(f"--image-aspect-ratio {image_aspect_ratio}: {hf} is an AnyRes model; leave the flag out")
     tensors = _tree_tensors(model)
     objects: dict[str, object] = {key: [None] for key in extra_state_keys(model.language)}
     objects["common_state/shard_0_1"] = [_COMMON_STATE]

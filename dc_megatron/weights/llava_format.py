@@ -147,6 +147,8 @@ def _connector(config: dict, what: str) -> ConnectorConfig:
 def _tower(folder: str, config: dict, vision_tower: str, inside: bool, what: str) -> tuple[str, dict, dict | None]:
     """(folder of the tower or "", its configuration, its processor's)."""
     name = config["mm_vision_tower"] or ""
+    if not isinstance(name, str):
+        raise UserError(f"{what}: mm_vision_tower {name!r} is no name of a tower; give its folder with --vision-tower")
     places = [vision_tower] if vision_tower else [name, os.path.join(folder, name)] if name else []
     place = next((place for place in places if os.path.isdir(place)), "")
     if place or vision_tower:
@@ -155,7 +157,8 @@ def _tower(folder: str, config: dict, vision_tower: str, inside: bool, what: str
     if inside and public:
         return "", *(dict(part) for part in public)
     carried = "carries the tower's weights, but not its configuration" if inside else "does not carry it"
-    raise UserError(f"{what}: was trained with the tower '{name}' and {carried}; give its folder with --vision-tower")
+    known = f"was trained with the tower '{name}'" if name else "does not name the tower it was trained with"
+    raise UserError(f"{what}: {known} and {carried}; give its folder with --vision-tower")
 
 
 def _grid(config: dict, vision: VisionConfig, connector: ConnectorConfig, what: str) -> tuple | None:

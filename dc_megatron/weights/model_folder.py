@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from dc_megatron.config import CONNECTOR_TYPES, ConnectorConfig, LanguageConfig, VisionConfig, one_of, read_json_file
 from dc_megatron.errors import UserError
+from dc_megatron.weights.checkpoint_folder import DESCRIPTION
 from dc_megatron.weights.derived_tensors import ColumnBlocks
 from dc_megatron.weights.hf_llava_format import HF_LLAVA_TYPES, open_hf_llava
 from dc_megatron.weights.llava_format import open_llava
+from dc_megatron.weights.manifest import MANIFEST
 from dc_megatron.weights.model_parts import PROJECTOR, ModelFolder, language_part, read_tower_config, tower_of
 from dc_megatron.weights.projector_files import read_projector, recorded_connector
 from dc_megatron.weights.safetensors_files import open_checkpoint
@@ -59,7 +61,12 @@ def open_model(
 
 
 def _refuse_parts_of_models(folder: str, what: str) -> None:
-    """Folders of LLaVA that hold a part of a model: adapters, or the projector of stage 1."""
+    """Checkpoints of ours, and folders of LLaVA that hold a part of a model: adapters, or the projector of stage 1."""
+    if os.path.isfile(os.path.join(folder, "hf", DESCRIPTION)):
+        raise UserError(f"{what}: is a checkpoint of this program already; train with --load, or export it")
+    if os.path.isfile(os.path.join(folder, MANIFEST)) and os.path.isfile(os.path.join(folder, ".metadata")):
+        parent = os.path.dirname(os.path.abspath(folder))
+        raise UserError(f"{what}: is one iteration of a checkpoint; give the folder that it lies in, {parent}")
     present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     adapter = next((name for name in _ADAPTER_FILES if name in present), None)
     if adapter:

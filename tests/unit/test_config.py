@@ -220,11 +220,35 @@ def test_llama3_scaling_in_both_spellings(rope, tmp_path):
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear'"),
         ({"model_type": "qwen2", "rope_scaling": {"type": "yarn", "factor": 4}}, "rope type 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 2}}, "low_freq_factor 2"),
+        ({"model_type": ["llama"]}, r"model_type '\['llama'\]'; available"),
+        ({"num_hidden_layers": None}, "num_hidden_layers None; it must be a whole number"),
+        ({"num_attention_heads": "8"}, "num_attention_heads '8'; it must be"),
+        ({"hidden_size": -64}, "hidden_size -64; it must be"),
+        ({"rope_parameters": [1]}, r"rope_parameters \[1\]; it must be an object"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\); give the model in bf16"),
     ],
 )
 def test_language_models_that_cannot_be_trained_are_refused(change, message, tmp_path):
     with pytest.raises(UserError, match=f"--model_name_or_path .*{message}"):
         LanguageConfig.from_folder(write_config(tmp_path, {**LLAMA, **change}))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": ["clip"]}, "no vision tower known"),
+        ({"model_type": "clip_vision_model", "patch_size": 0}, "patch_size 0; it must be a whole number"),
+        ({"model_type": "clip", "vision_config": 3}, "vision_config 3; it must be an object"),
+    ],
+)
+def test_towers_without_a_shape_are_refused(config, message):
+    with pytest.raises(UserError, match=f"tower: .*{message}"):
+        VisionConfig.from_config(config, "tower")
+
+
+def test_a_layer_is_a_whole_number():
+    with pytest.raises(UserError, match="--mm_vision_select_layer '-2': it must be a whole number"):
+        ConnectorConfig("dci", select_layer="-2")
 
 
 def test_folders_that_hold_no_configuration(tmp_path):

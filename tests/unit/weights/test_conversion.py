@@ -379,3 +379,19 @@ def test_an_export_that_ends_early_does_not_wait_for_its_check(tmp_path, llama, 
     with pytest.raises(Killed):
         bring_out(tmp_path / "tree", "hf", tmp_path / "out")
     assert read
+
+
+def test_folders_that_are_ours_already(tmp_path, llama):
+    bring_in(llama, tmp_path / "tree")
+    with pytest.raises(UserError, match=r"--hf .*tree: is a checkpoint of this program already"):
+        bring_in(tmp_path / "tree", tmp_path / "again")
+    with pytest.raises(UserError, match=r"--load .*release: is one iteration .*; give the folder .*tree$"):
+        bring_out(tmp_path / "tree" / "release", "hf", tmp_path / "out")
+
+
+def test_settings_that_nobody_knows_are_not_noted(tmp_path, llama):
+    with pytest.raises(UserError, match="--version v9: unknown"):
+        bring_in(llama, tmp_path / "tree", version="v9")
+    with pytest.raises(UserError, match="--image-aspect-ratio crop: unknown"):
+        bring_in(llama, tmp_path / "tree", image_aspect_ratio="crop")
+    assert os.listdir(tmp_path) == []

@@ -338,6 +338,10 @@ def test_a_stock_siglip_of_another_depth(folders, tmp_path):
     [
         ({"vision_feature_layer": [5, 0]}, "no connector reads the layers"),
         ({"vision_feature_layer": 9}, "of a tower of 6 layers"),
+        ({"vision_feature_layer": ["a"]}, "neither a layer nor a list of layers"),
+        ({"vision_feature_layer": None}, "neither a layer nor a list of layers"),
+        ({"vision_config": 3}, "vision_config 3; it must be an object"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config .awq.; give the model in bf16"),
         ({"vision_feature_select_strategy": "full"}, "'full' with a clip tower"),
         ({"projector_hidden_act": "relu"}, "projectors other than"),
         ({"text_config": {"model_type": "gemma"}}, "type 'gemma'; available: llama"),
