@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
@@ -80,7 +81,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="hf-llava, sti only: put a short modelling file into the folder; it then needs trust_remote_code",
     )
     _flag(parser, "version", default="", metavar="NAME", help="hf-llava: template, where the checkpoint has none")
-    _flag(parser, "no-check", action="store_true", help="do not compare the hashes of the checkpoint's files")
+    _flag(
+        parser,
+        "no-check",
+        action="store_true",
+        help="compare no hashes of the checkpoint's files and tower",
+    )
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
@@ -107,14 +113,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return {"import": run_import, "export": run_export, "verify": run_verify}[options.command](options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _complain(f"error: {error}", 2)
     except OSError as error:
-        print(f"error: {error}; the same command goes on where it stopped", file=sys.stderr)
-        return 2
+        return _complain(f"error: {error}; when that is mended, {_AGAIN[options.command]}", 2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+        return _complain(f"interrupted; {_AGAIN[options.command]}", 130)
+
+
+_GOES_ON = "the same command goes on where it stopped"
+_AGAIN = {"import": _GOES_ON, "export": _GOES_ON, "verify": "give the command again"}
+
+
+def _complain(message: str, status: int) -> int:
+    """Say it on a line of its own, which on a terminal is the one that showed the progress."""
+    print("\r\x1b[K" * sys.stderr.isatty() + message, file=sys.stderr)
+    return status
 
 
 def run_import(options: argparse.Namespace) -> int:
@@ -129,12 +142,24 @@ def run_import(options: argparse.Namespace) -> int:
         version=options.version,
         image_aspect_ratio=options.image_aspect_ratio,
     )
-    return _say_converted(result, options.json, f"train with --load {options.save}")
+    return _say_converted(result, options.json, f"train with {_train_with(options.save)}")
+
+
+def _train_with(save: str) -> str:
+    return shlex.join(["--model_name_or_path", os.path.join(save, "hf"), "--load", save])
 
 
 def run_export(options: argparse.Namespace) -> int:
+    from dc_megatron.errors import UserError
     from dc_megatron.weights.exporter import export_checkpoint
 
+    for value, flag, only in (
+        (options.vision_tower_name, "--vision-tower-name", "llava"),
+        (options.with_modeling_code, "--with-modeling-code", "hf-llava"),
+        (options.version, "--version", "hf-llava"),
+    ):
+        if value and options.format != only:
+            raise UserError(f"{flag}: --format {only} alone has a place for it; leave it out for {options.format}")
     processor = None
     if options.format == "hf-llava":
         from dc_megatron.inference.exported_processor import ExportedProcessor
@@ -152,7 +177,10 @@ def run_export(options: argparse.Namespace) -> int:
         check=not options.no_check,
         processor=processor,
     )
-    return _say_converted(result, options.json, f"compare with: tools/convert.py verify {options.load} {options.save}")
+    words = ["verify", options.load, options.save, *(["--any-dtype"] if options.dtype else [])]
+    words += [] if options.step is None else ["--step", str(options.step)]
+    words += ["--vision-tower", options.vision_tower] if options.vision_tower else []
+    return _say_converted(result, options.json, f"compare with: tools/convert.py {shlex.join(words)}")
 
 
 def _say_converted(result, as_json: bool, advice: str) -> int:

@@ -88,10 +88,7 @@ def open_hf_llava(folder: str, config: dict, flag: str, vision_tower: str = "") 
         parts.append(Renamed(checkpoint, names["newline"]))
     elif names["newline"]:
         refuse_wrong_names(what, [], names["newline"].values(), "only llava_next models have it")
-    grid = None
-    if config["model_type"] == "llava_next":
-        # transformers writes (height, width).
-        grid = tuple((width, height) for height, width in config.get("image_grid_pinpoints") or _NEXT_GRID)
+    grid = tuple((width, height) for height, width in stock_grid(config) or ()) or None
     return ModelFolder(
         kind=_KINDS[config["model_type"]],
         path=folder,
@@ -105,8 +102,18 @@ def open_hf_llava(folder: str, config: dict, flag: str, vision_tower: str = "") 
         processor_config=processor,
         image_aspect_ratio="anyres" if grid else "pad" if (processor or {}).get("do_pad") else "square",
         image_grid_pinpoints=grid,
-        image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
+        image_token_id=stock_image_token(config),
     )
+
+
+def stock_image_token(config: dict) -> int:
+    """The id of ``<image>``, by either spelling, else transformers' own."""
+    return config.get("image_token_index", config.get("image_token_id", 32000))
+
+
+def stock_grid(config: dict) -> list[list[int]] | None:
+    """AnyRes: the resolutions as transformers writes them, (height, width); None for other models."""
+    return (config.get("image_grid_pinpoints") or _NEXT_GRID) if config["model_type"] == "llava_next" else None
 
 
 def _text_config(config: dict, what: str) -> dict:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from dc_megatron.errors import UserError
 from dc_megatron.weights.block_stream import Block, read_ahead, row_bytes, split_rows
 from dc_megatron.weights.durable_files import PartialFolder
 from dc_megatron.weights.tensor_reader import TensorReader
@@ -59,7 +60,10 @@ class SafetensorsWriter:
         return sum(shard.num_bytes + 200 * len(shard.names) for shard in self._shards)
 
     def write(self, partial: PartialFolder, progress: Callable[[int], None]) -> None:
-        """Write what is not finished yet; ``progress`` is told the bytes of every block."""
+        """Write what is not finished yet; ``progress`` is told the bytes of every block.
+
+        UserError where a cast to fp16 would make infinities.
+        """
         for shard in self._shards:
             path = self._folder + shard.file_name
             if path in partial.finished:
@@ -67,9 +71,13 @@ class SafetensorsWriter:
                 continue
             with partial.create(path) as file:
                 file.write(self._header(shard))
-                for block, tensor in read_ahead(self._blocks(shard)):
+                names = (name for name, _ in self._blocks(shard))
+                for block, tensor in read_ahead(block for _, block in self._blocks(shard)):
+                    name = next(names)
                     kind = self._dtype_of_result(block.dtype)
                     content = tensor if kind == block.dtype else tensor.to(kind)
+                    if self._dtype is torch.float16 and not torch.isfinite(content).all():
+                        raise UserError(f"--dtype fp16: {name} holds values that fp16 has not (above 65504); take bf16")
                     progress(file.write(content.view(torch.uint8).flatten().numpy()))
                 partial.record(path, file.finish())
         if len(self._shards) > 1:
@@ -114,11 +122,11 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
 
-    def _blocks(self, shard: Shard):
+    def _blocks(self, shard: Shard) -> Iterator[tuple[str, Block]]:
         for name in shard.names:
             shape, dtype = self._reader.shape(name), self._reader.dtype(name)
             for start, end in split_rows(shape, dtype):
-                yield Block(self._read(name), shape, dtype, start, end)
+                yield name, Block(self._read(name), shape, dtype, start, end)
 
     def _read(self, name: str):
         return lambda start, end, out: self._reader.read_rows(name, start, end, out)

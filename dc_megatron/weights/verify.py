@@ -1,4 +1,4 @@
-"""Whether two folders hold the same model: names, shapes, dtypes and every bit, whatever their formats."""
+"""Whether two folders hold the same model, whatever their formats: names, shapes, dtypes, every bit, and settings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from dc_megatron.config import read_json_file
+from dc_megatron.errors import UserError
 from dc_megatron.weights.block_stream import BLOCK_BYTES, Block, read_ahead, split_rows
+from dc_megatron.weights.compared_settings import differing_settings, differing_stock_settings
 from dc_megatron.weights.exporter import open_any, plan_export
-from dc_megatron.weights.hf_llava_format import HF_LLAVA_TYPES
-from dc_megatron.weights.language_tables import HEAD
+from dc_megatron.weights.hf_llava_format import HF_LLAVA_TYPES, stock_image_token
+from dc_megatron.weights.language_tables import EMBEDDING, HEAD
 from dc_megatron.weights.megatron_folder import is_checkpoint
 from dc_megatron.weights.model_parts import ModelFolder, tower_of
 from dc_megatron.weights.progress import Progress
@@ -23,7 +25,7 @@ from dc_megatron.weights.tensor_reader import Merged, Renamed, TensorReader, num
 
 @dataclass
 class Comparison:
-    """``differences``: one line each. ``notes``: what was left out or holds more on one side."""
+    """``differences``: one line each, of settings before tensors. ``notes``: what was left out or is on one side."""
 
     tensors: int = 0
     num_bytes: int = 0
@@ -47,21 +49,27 @@ def verify(
     """Compare the models in ``a`` and ``b``. Parts that only one format can hold are named in the notes.
 
     ``any_dtype``: where dtypes differ, ``a`` is cast to ``b``'s first; otherwise that is a difference. A stock
-    llava-hf folder is compared with the export of the other side, which folds the connector as the export did.
+    llava-hf folder is compared with the export of the other side, which folds the connector as the export did; with a
+    language model alone, its own language model is compared. UserError: a folder that cannot be opened, a ``step``
+    where neither is a checkpoint.
     """
+    if step is not None and not (is_checkpoint(a) or is_checkpoint(b)):
+        raise UserError(f"--step {step}: neither {a} nor {b} is a checkpoint of training")
 
     def model_of(folder: str, flag: str) -> ModelFolder:
         return open_any(folder, step if is_checkpoint(folder) else None, vision_tower, flag)[0]
 
     result = Comparison()
-    if _is_stock(a) and _is_stock(b):
-        one, other = open_checkpoint(a, "A"), open_checkpoint(b, "B")
-    elif _is_stock(b):
-        one, other = _as_stock(model_of(a, "A"), b)
-    elif _is_stock(a):
-        other, one = _as_stock(model_of(b, "B"), a)
+    stock = [_is_stock(a), _is_stock(b)]
+    models = [None if is_stock else model_of(*side) for is_stock, side in zip(stock, ((a, "A"), (b, "B")), strict=True)]
+    if any(model and not model.has_projector for model in models):
+        # Stock Llava cannot say a language model alone: what both have is compared under text names.
+        stock = [False, False]
+        models = [model or model_of(*side) for model, side in zip(models, ((a, "A"), (b, "B")), strict=True)]
+    if any(stock):
+        one, other = _as_stock(models, (a, b), result)
     else:
-        one, other = _common(model_of(a, "A"), model_of(b, "B"), result)
+        one, other = _common(*models, result)
     _compare(one, other, any_dtype, result, progress)
     return result
 
@@ -73,17 +81,37 @@ def _is_stock(folder: str) -> bool:
     return config.get("model_type") in HF_LLAVA_TYPES and "mm_vision_tower" not in config
 
 
-def _as_stock(model: ModelFolder, folder: str) -> tuple[TensorReader, TensorReader]:
-    """``model`` as the export that ``folder`` would be of it, and what ``folder`` holds."""
-    stored = open_checkpoint(folder, "B")
-    config = read_json_file(folder, "config.json", folder)
-    image_token = (config.get("image_token_index", config.get("image_token_id")), config["text_config"]["vocab_size"])
-    kind = stored.dtype(stored.names()[0])
-    return plan_export(model, "hf-llava", kind, modeling_code=True, image_token=image_token).tensors, stored
+def _as_stock(
+    models: list[ModelFolder | None], folders: tuple[str, str], result: Comparison
+) -> tuple[TensorReader, TensorReader]:
+    """What two folders hold of which one or both (None among ``models``) are stock; a model is taken as its export."""
+    whats = [f"{side} {folder}" for side, folder in zip("AB", folders, strict=True)]
+    sides: dict[int, tuple[TensorReader, dict]] = {}
+    for number, model in enumerate(models):
+        if model is None:
+            config = read_json_file(folders[number], "config.json", whats[number])
+            sides[number] = open_checkpoint(folders[number], "AB"[number]), config
+    for number, model in enumerate(models):
+        if model is not None:
+            sides[number] = _planned(model, *sides[1 - number], whats[1 - number])
+    result.differences += differing_stock_settings(sides[0][1], sides[1][1], *whats)
+    return sides[0][0], sides[1][0]
+
+
+def _planned(model: ModelFolder, stored: TensorReader, config: dict, what: str) -> tuple[TensorReader, dict]:
+    """``model`` as the export that a stock folder with ``stored`` and ``config`` would be of it."""
+    embedding = next((name for name in stored.names() if name.endswith(EMBEDDING.removeprefix("model."))), None)
+    if embedding is None:
+        raise UserError(f"{what}: holds no embedding of a language model; it is no whole Llava folder")
+    rows = max(stored.shape(embedding)[0], model.language.vocab_size)
+    image_token = (stock_image_token(config), rows)
+    export = plan_export(model, "hf-llava", stored.dtype(embedding), modeling_code=True, image_token=image_token)
+    return export.tensors, export.config
 
 
 def _common(a: ModelFolder, b: ModelFolder, result: Comparison) -> tuple[TensorReader, TensorReader]:
     """Both models' tensors; a tower that lies beside one of them is part of it where the other has one inside."""
+    result.differences += differing_settings(a, b)
     readers = [a.reader, b.reader]
     for number, (model, other) in enumerate(((a, b), (b, a))):
         if other.has_tower and not model.has_tower and model.tower_folder:

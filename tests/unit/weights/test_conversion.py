@@ -395,3 +395,66 @@ def test_settings_that_nobody_knows_are_not_noted(tmp_path, llama):
     with pytest.raises(UserError, match="--image-aspect-ratio crop: unknown"):
         bring_in(llama, tmp_path / "tree", image_aspect_ratio="crop")
     assert os.listdir(tmp_path) == []
+
+
+def changed_config(source, target, **entries) -> str:
+    shutil.copytree(source, target)
+    path = os.path.join(target, "config.json")
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({**config, **entries}, file)
+    return str(target)
+
+
+def test_verify_names_settings_that_no_tensor_shows(tmp_path, llama, two_towers):
+    tree, one, _ = two_towers
+    other = changed_config(llama, tmp_path / "base", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert verify(llama, other, progress=Silent).differences == ["config: rope_theta 10000.0 in A, 500000.0 in B"]
+    dci = llava_folder(tmp_path / "dci", llama, one, ConnectorConfig("dci"))
+    differences = verify(tree, dci, progress=Silent).differences
+    assert differences[0] == "config: mm_dense_connector_type sci in A, dci in B"
+    assert differences[1].startswith("config: layers of the tower ")
+    assert len(differences) == 2
+
+
+def test_verify_names_settings_of_stock_folders(tmp_path, two_towers):
+    tree = two_towers[0]
+    bring_out(tree, "hf-llava", tmp_path / "out")
+    assert verify(tree, str(tmp_path / "out"), progress=Silent).equal
+    other = changed_config(tmp_path / "out", tmp_path / "other", vision_feature_layer=[4, 1, 3])
+    expected = ["config: vision_feature_layer [5, 1, 3] in A, [4, 1, 3] in B"]
+    for mine in (tree, str(tmp_path / "out")):
+        assert verify(mine, other, progress=Silent).differences == expected
+
+
+def test_verify_of_a_language_model_and_a_stock_folder(tmp_path, llama, two_towers):
+    bring_out(two_towers[0], "hf-llava", tmp_path / "out")
+    result = verify(llama, str(tmp_path / "out"), progress=Silent)
+    # The row of <image>.
+    assert [line.split(":")[0] for line in result.differences] == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert len(result.notes) == 2
+
+
+def test_verify_of_unrelated_vocabularies(tmp_path, two_towers):
+    bring_out(two_towers[0], "hf-llava", tmp_path / "out")
+    larger = tiny_llama(tmp_path / "larger", layers=2, vocab=400)
+    source = llava_folder(tmp_path / "llava", larger, two_towers[1], ConnectorConfig("sci"))
+    result = verify(source, str(tmp_path / "out"), progress=Silent)
+    assert any("shape [400, 64] in A, [301, 64] in B" in line for line in result.differences)
+
+
+def test_a_step_of_folders_without_steps(llama):
+    with pytest.raises(UserError, match=r"--step 4: neither .* is a checkpoint"):
+        verify(llama, llama, step=4, progress=Silent)
+
+
+def test_values_that_fp16_has_not_are_refused(tmp_path, llama):
+    source = shutil.copytree(llama, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][5] = 70000.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"--dtype fp16: model\.norm\.weight holds values that fp16 has not"):
+        bring_out(source, "hf", tmp_path / "out", dtype="fp16")
+    assert not (tmp_path / "out").exists()
+    bring_out(source, "hf", tmp_path / "out", dtype="bf16")
