@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 
 import xxhash
 
@@ -222,16 +222,39 @@ def read_description(folder: str, flag: str = "--load") -> CheckpointDescription
         raise UserError(f"{flag} {folder}: no such folder")
     try:
         with open(path, encoding="utf-8") as file:
-            described = CheckpointDescription(**json.load(file))
+            described = _description(json.load(file))
     except FileNotFoundError:
         raise UserError(
             f"{flag} {folder}: has no hf/{DESCRIPTION}; give an --output_dir of training or of tools/convert.py import;"
             " for a copy of one, copy its hf folder as well"
         ) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{flag} {folder}: hf/{DESCRIPTION} cannot be read: {error}") from None
     if described.vision_tower:
         # A path that is not absolute lies in the checkpoint, which may have been moved.
         within = os.path.join(os.path.abspath(folder), "hf", described.vision_tower)
         described = replace(described, vision_tower=within)
     return described
+
+
+def _description(content: object) -> CheckpointDescription:
+    """``content`` of the file as a description; ValueError that names the entry which is missing or of another type."""
+    if not isinstance(content, dict):
+        raise ValueError("it holds no object")
+    known = {entry.name: entry for entry in fields(CheckpointDescription)}
+    absent = [name for name, entry in known.items() if name not in content and entry.default is MISSING]
+    if absent or content.keys() - known.keys():
+        wrong = absent or sorted(content.keys() - known.keys())
+        raise ValueError(f"entries {'missing' if absent else 'not known here'}: {', '.join(map(str, wrong))}")
+    for name, value in content.items():
+        if name == "image_grid_pinpoints":
+            fits = value is None or (isinstance(value, list) and all(_is_size(pair) for pair in value))
+        else:
+            fits = type(value) is {"str": str, "int": int}[known[name].type]
+        if not fits:
+            raise ValueError(f"{name} is {json.dumps(value)}")
+    return CheckpointDescription(**content)
+
+
+def _is_size(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair)
