@@ -45,7 +45,8 @@ def kill_in_a_save(launch: Launch, output: Path, saves: int, moment: str) -> Non
     launch.kill()
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_kills_during_saves_leave_whole_checkpoints_and_the_run_goes_on(workspace, tmp_path, ranks):
     output = tmp_path / "run"
     reached = 0

@@ -66,7 +66,9 @@ def test_a_gpu_gets_only_the_rows_that_a_gpu_needs(workers, transformer_engine):
     expected = {row["target"] for row in rows if holds.get(row["condition"], True)}
     assert set(got["whole"]) == expected
     assert set(got["core"]) == {target for target in expected if not target.startswith("megatron.training")}
-    assert not [target for target in got["whole"] if target.startswith("torch")]
+    # Of torch nothing is replaced but what would execute a checkpoint's pickle.
+    of_torch = [target for target in got["whole"] if target.startswith("torch")]
+    assert of_torch == ["torch.distributed.checkpoint.filesystem:pickle"]
     assert ("megatron.core.optimizer:Adam" in got["core"]) is not transformer_engine
     assert "megatron.training.initialize:_compile_dependencies" in got["whole"]
 
