@@ -116,7 +116,8 @@ def read_shard(
 ) -> Tensor:
     """Hugging Face -> Megatron: the shard of ``tp_rank``, in the sources' dtype.
 
-    ``read(name, rows, columns)`` returns that part of a Hugging Face tensor; only what the shard holds is asked for.
+    ``read(name, rows, columns)`` returns that part of a Hugging Face tensor in memory of its own, contiguous; only what
+    the shard holds is asked for.
     """
     parts = [read(piece.name, piece.rows, piece.columns) for piece in pieces(rule, layer, tp_rank, tp_size)]
     shape = shard_shape(rule, tp_size)
@@ -124,8 +125,7 @@ def read_shard(
     if missing:
         dtype = parts[0].dtype if parts else read(rule.sources[0].name.format(layer=layer), (0, 1), None).dtype
         parts.append(torch.zeros(missing, *shape[1:], dtype=dtype))
-    # A shard of its own memory: a part may be a view into a file.
-    return torch.cat(parts) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def to_hugging_face(rule: Rule, layer: int | None, shards: Sequence[Tensor]) -> dict[str, Tensor]:

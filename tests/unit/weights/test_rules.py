@@ -69,12 +69,6 @@ def test_shards_are_those_worked_out_by_hand_and_go_back(rule, expected):
     assert all(torch.equal(value, FILES[name]) for name, value in back.items())
 
 
-def test_a_shard_is_a_copy_of_its_own():
-    shard = read_shard(NORM, 7, 0, 1, read)
-    shard.zero_()
-    assert FILES["model.7.norm"].tolist() == [1, 2, 3]
-
-
 def test_a_size_that_does_not_divide_is_no_silent_truncation():
     with pytest.raises(AssertionError, match=r"fc2: 4 does not divide by 3"):
         read_shard(COLUMNS, None, 0, 3, read)

@@ -292,3 +292,22 @@ def test_an_index_names_plain_files(place, tmp_path):
     write_index(tmp_path, "model.safetensors.index.json", {"a": place})
     with pytest.raises(UserError, match=r"points outside the folder|does not name files"):
         open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "bin before torch 1.6"])
+@pytest.mark.parametrize("part", [(None, None), ((0, 2), None), ((0, 2), (1, 3))])
+def test_what_is_read_is_the_readers_own_and_contiguous(tmp_path, form, part):
+    """Shards are used as they are read: changing one changes neither the next one nor the file."""
+    tensor = torch.arange(12.0).view(4, 3)
+    if form == "safetensors":
+        save_file({"a": tensor}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    else:
+        new = form == "bin"
+        torch.save({"a": tensor}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=new)
+    checkpoint = open_checkpoint(str(tmp_path))
+    first = checkpoint.read("a", *part)
+    assert first.is_contiguous()
+    expected = first.clone()
+    first.zero_()
+    assert torch.equal(checkpoint.read("a", *part), expected)
+    assert expected.sum() > 0
