@@ -7,77 +7,97 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dc_megatron.data.tokenization import IGNORE, IMAGE_ID, TokenisedSample
+from dc_megatron.config import ImageTiling
+from dc_megatron.data.tile_positions import feature_positions
+from dc_megatron.data.tokenization import IGNORE, IMAGE_ID, TokenisedSample, image_widths
 
 
-def sample_order(n: int, seed: int, epoch: int, order: str) -> np.ndarray:
-    """int64 [n]: which sample stands where in ``epoch``; a permutation of (seed, epoch), or 0..n-1 for sequential.
-
-    RandomState, because numpy promises that its streams never change: a run must resume under a later numpy.
-    """
-    if order == "sequential":
-        return np.arange(n)
-    words = np.random.SeedSequence([seed, epoch]).generate_state(4)
-    return np.random.RandomState(words).permutation(n)
-
-
-def expand(sample: TokenisedSample, tokens_per_image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids, labels, image_mask) of one sample, each [sample.length], images expanded and the tail cut off.
+def expand(sample: TokenisedSample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, labels, image_mask) of one sample, each [sample.length], images expanded.
 
     ids int64 with 0 at image positions, labels int64 not shifted, image_mask bool.
     """
     is_image = sample.input_ids == IMAGE_ID
-    widths = np.where(is_image, tokens_per_image, 1)
-    mask = np.repeat(is_image, widths)[: sample.length]
-    ids = np.repeat(sample.input_ids, widths)[: sample.length].astype(np.int64)
-    labels = np.repeat(sample.labels, widths)[: sample.length].astype(np.int64)
+    widths = image_widths(sample.input_ids, sample.images)
+    mask = np.repeat(is_image, widths)
+    ids = np.repeat(sample.input_ids, widths).astype(np.int64)
+    labels = np.repeat(sample.labels, widths).astype(np.int64)
     return np.where(mask, 0, ids), labels, mask
 
 
-def assemble(samples: Sequence[TokenisedSample], seq_length: int, tokens_per_image: int) -> dict:
-    """A Batch (see below) without ``pixel_values``, one sample a row; b = len(samples), S = seq_length.
+def assemble(rows: Sequence[Sequence[TokenisedSample]], seq_length: int, tiling: ImageTiling) -> dict:
+    """A Batch without ``pixel_values``: the samples of each row one after another; b = len(rows), S = seq_length.
 
-    input_ids, labels (already shifted: labels[t] is the id that position t must predict), position_ids: int64 [b, S];
-    image_mask: bool [b, S]; image_feature_index: int64 [True positions of image_mask], the row of each among the
-    features [num_images * tokens_per_image]; num_images: int; cu_seqlens: int32 [segments + 1] over the flattened
-    rows, a row's padding being a segment of its own; max_seqlen: int; counts: dict of ints with samples, tokens,
-    supervised_tokens, images, substituted_images (0 here).
+    input_ids, labels (already shifted: labels[t] is the id that position t must predict), position_ids (from 0 in every
+    sample): int64 [b, S]; image_mask: bool [b, S]; num_images: int, the tiles that the tower encodes;
+    image_feature_index: int64 [True positions of image_mask], the row of each among the features
+    [num_images * tile_tokens], or num_images * tile_tokens for the image_newline; pictures: the Pictures in order;
+    cu_seqlens: int32 [segments + 1] over the flattened rows, a row's padding being a segment of its own; max_seqlen:
+    int; counts: dict of ints with samples, positions, tokens, supervised_tokens, images, tiles, substituted_images
+    (0 here).
     """
-    rows = len(samples)
-    input_ids = np.zeros((rows, seq_length), dtype=np.int64)
-    labels = np.full((rows, seq_length), IGNORE, dtype=np.int64)
-    position_ids = np.zeros((rows, seq_length), dtype=np.int64)
-    image_mask = np.zeros((rows, seq_length), dtype=bool)
-    feature_index, boundaries, images = [], [0], 0
-    for row, sample in enumerate(samples):
-        length = sample.length
-        assert length <= seq_length, f"a sample of {length} positions cannot stand in a row of {seq_length}"
-        ids, targets, mask = expand(sample, tokens_per_image)
-        input_ids[row, :length] = ids
-        labels[row, : length - 1] = targets[1:]
-        position_ids[row, :length] = np.arange(length)
-        position_ids[row, length:] = np.arange(seq_length - length)
-        image_mask[row, :length] = mask
-        # Only the last image of a sample can be cut, so its features are the first ones from its own start on.
-        feature_index.append(images * tokens_per_image + np.arange(mask.sum()))
-        images += len(sample.images)
-        boundaries.append(row * seq_length + length)
-        if length < seq_length:
+    columns = _Columns(len(rows), seq_length)
+    pictures, index, boundaries, tiles = [], [np.zeros(0, dtype=np.int64)], [0], 0
+    for row, samples in enumerate(rows):
+        position = 0
+        for sample in samples:
+            columns.place(row, position, sample)
+            position += sample.length
+            boundaries.append(row * seq_length + position)
+            for picture in sample.images:
+                index.append(feature_positions(tiling, picture, tiles))
+                tiles += picture.tiles
+            pictures += sample.images
+        if position < seq_length:
+            columns.position_ids[row, position:] = np.arange(seq_length - position)
             boundaries.append((row + 1) * seq_length)
+    positions = np.concatenate(index)
+    feature_index = np.where(positions < 0, tiles * tiling.tile_tokens, positions)
     return {
-        "input_ids": torch.from_numpy(input_ids),
-        "labels": torch.from_numpy(labels),
-        "position_ids": torch.from_numpy(position_ids),
-        "image_mask": torch.from_numpy(image_mask),
-        "image_feature_index": torch.from_numpy(np.concatenate(feature_index).astype(np.int64)),
-        "num_images": images,
+        "input_ids": torch.from_numpy(columns.input_ids),
+        "labels": torch.from_numpy(columns.labels),
+        "position_ids": torch.from_numpy(columns.position_ids),
+        "image_mask": torch.from_numpy(columns.image_mask),
+        "image_feature_index": torch.from_numpy(feature_index),
+        "num_images": tiles,
+        "pictures": pictures,
         "cu_seqlens": torch.tensor(boundaries, dtype=torch.int32),
         "max_seqlen": int(np.diff(boundaries).max()),
         "counts": {
-            "samples": rows,
-            "tokens": sum(sample.length for sample in samples),
-            "supervised_tokens": int((labels != IGNORE).sum()),
-            "images": images,
+            "samples": sum(len(samples) for samples in rows),
+            "positions": len(rows) * seq_length,
+            "tokens": sum(sample.length for samples in rows for sample in samples),
+            "supervised_tokens": int((columns.labels != IGNORE).sum()),
+            "images": len(pictures),
+            "tiles": tiles,
             "substituted_images": 0,
         },
     }
+
+
+class _Columns:
+    """The arrays [rows, seq_length] of a batch, filled sample by sample."""
+
+    def __init__(self, rows: int, seq_length: int):
+        shape = (rows, seq_length)
+        self.input_ids = np.zeros(shape, dtype=np.int64)
+        self.labels = np.full(shape, IGNORE, dtype=np.int64)
+        self.position_ids = np.zeros(shape, dtype=np.int64)
+        self.image_mask = np.zeros(shape, dtype=bool)
+
+    def place(self, row: int, start: int, sample: TokenisedSample) -> None:
+        end = start + sample.length
+        room = self.input_ids.shape[1]
+        assert end <= room, f"a sample of {sample.length} positions cannot stand in a row of {room} from {start} on"
+        ids, targets, mask = expand(sample)
+        self.input_ids[row, start:end] = ids
+        # The last position of a sample predicts nothing: what follows is another sample.
+        self.labels[row, start : end - 1] = targets[1:]
+        self.position_ids[row, start:end] = np.arange(sample.length)
+        self.image_mask[row, start:end] = mask
+
+
+def row_length(rows: Sequence[Sequence[TokenisedSample]], multiple: int) -> int:
+    """Positions of the fullest of ``rows``, rounded up to a multiple."""
+    longest = max(sum(sample.length for sample in samples) for samples in rows)
+    return -(-longest // multiple) * multiple

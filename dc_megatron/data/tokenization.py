@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dc_megatron.data.conversation import IMAGE_MARK, Rendered, render_prompt, stop_text
+from dc_megatron.data.picture import Picture
 from dc_megatron.errors import UserError
 
 IMAGE_ID = -200  # stands for one whole image in TokenisedSample.input_ids; the original's IMAGE_TOKEN_INDEX
@@ -27,18 +29,19 @@ class TokenisedSample:
     """One conversation, images not yet expanded.
 
     input_ids: int32 [n], IMAGE_ID once for every image. labels: int32 [n], NOT shifted, IGNORE where no target.
-    images: files in order of appearance, those cut off by truncation left out. length: positions after expansion and
-    truncation (the last image may be cut). identifier and record: the record's ``id`` and its index in the file.
-    truncated: something was cut off (not kept in an index).
+    images: in order of appearance, those cut off by truncation left out. length: positions after expansion and
+    truncation; no image is cut. identifier and record: the record's ``id`` and its index in the file of data source
+    ``source``. truncated: something was cut off (not kept in an index).
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
-    images: tuple[str, ...]
+    images: tuple[Picture, ...]
     length: int
     identifier: str = ""
     record: int = -1
     truncated: bool = False
+    source: int = 0
 
     @property
     def supervised_tokens(self) -> int:
@@ -146,31 +149,40 @@ def load_tokenizer(folder: str, version: str | None = None, flag: str = "--model
 def tokenise(
     tokenizer: TextTokenizer,
     rendered: Rendered,
-    images: tuple[str, ...],
+    images: Sequence[Picture],
     *,
-    tokens_per_image: int,
     model_max_length: int,
     identifier: str = "",
     record: int = -1,
+    source: int = 0,
 ) -> TokenisedSample:
-    """Ids and labels of a rendered conversation, truncated at ``model_max_length`` positions after expansion."""
+    """Ids and labels of a rendered conversation, truncated at ``model_max_length`` positions after expansion.
+
+    images: as many as ``rendered`` has marks. An image that does not fit whole is left out, with all behind it.
+    """
     ids, offsets = _encode_between_images(tokenizer, rendered.text)
     input_ids = np.array(ids, dtype=np.int32)
     labels = np.where(_target_mask(offsets, rendered.targets), input_ids, IGNORE).astype(np.int32)
-    widths = np.where(input_ids == IMAGE_ID, tokens_per_image, 1)
-    ends = np.cumsum(widths)
-    kept = int(np.searchsorted(ends - widths, model_max_length))
+    ends = np.cumsum(image_widths(input_ids, images))
+    kept = int(np.searchsorted(ends, model_max_length, side="right"))
     input_ids, labels = input_ids[:kept], labels[:kept]
-    total = int(ends[-1]) if len(ends) else 0
     return TokenisedSample(
         input_ids=input_ids,
         labels=labels,
-        images=images[: int((input_ids == IMAGE_ID).sum())],
-        length=min(total, model_max_length),
+        images=tuple(images[: int((input_ids == IMAGE_ID).sum())]),
+        length=int(ends[kept - 1]) if kept else 0,
         identifier=identifier,
         record=record,
-        truncated=total > model_max_length,
+        truncated=kept < len(ids),
+        source=source,
     )
+
+
+def image_widths(input_ids: np.ndarray, images: Sequence[Picture]) -> np.ndarray:
+    """int64 [n]: the positions of every entry of ``input_ids``, 1 for text and an image's own number for it."""
+    widths = np.ones(len(input_ids), dtype=np.int64)
+    widths[input_ids == IMAGE_ID] = [image.tokens for image in images]
+    return widths
 
 
 def check_largest_id(largest: int, vocab_size: int, folder: str, what: str) -> None:
@@ -187,15 +199,19 @@ def check_largest_id(largest: int, vocab_size: int, folder: str, what: str) -> N
 
 
 def encode_prompt(
-    tokenizer: TextTokenizer, version: str, question: str, num_images: int, tokens_per_image: int
+    tokenizer: TextTokenizer, version: str, question: str, image_tokens: Sequence[int]
 ) -> tuple[list[int], list[bool]]:
-    """(ids, image_mask) of one question, images expanded: 0 and True at image positions."""
-    ids, _ = _encode_between_images(tokenizer, render_prompt(version, question, num_images))
-    expanded, mask = [], []
+    """(ids, image_mask) of one question, images expanded: 0 and True at image positions.
+
+    image_tokens: the positions of each of its images.
+    """
+    ids, _ = _encode_between_images(tokenizer, render_prompt(version, question, len(image_tokens)))
+    expanded, mask, widths = [], [], iter(image_tokens)
     for token in ids:
         is_image = token == IMAGE_ID
-        expanded += [0] * tokens_per_image if is_image else [token]
-        mask += [True] * tokens_per_image if is_image else [False]
+        width = next(widths) if is_image else 1
+        expanded += [0] * width if is_image else [token]
+        mask += [is_image] * width
     return expanded, mask
 
 

@@ -8,7 +8,8 @@ import os
 import numpy as np
 from PIL import Image
 
-from dc_megatron.config import DataConfig, VisionConfig
+from dc_megatron.config import DataConfig, DataSource, ImageTiling, VisionConfig
+from dc_megatron.data.picture import Picture
 
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant.",
@@ -157,17 +158,30 @@ def write_records(path, records: list) -> str:
     return path
 
 
+def tiling(tile_tokens: int = 4, **overrides) -> ImageTiling:
+    """One tile of 28 pixels and ``tile_tokens`` positions a picture."""
+    return ImageTiling(**{"tile_size": 28, "tile_tokens": tile_tokens, "side": 2, **overrides})
+
+
+def picture(name: str = "a.jpg", tokens: int = 4, **overrides) -> Picture:
+    """A picture of one tile."""
+    return Picture(name, **{"width": 40, "height": 32, "tokens": tokens, **overrides})
+
+
 def data_config(folder, data_path, tokenizer_path, **overrides) -> DataConfig:
-    """A small DataConfig whose images lie in ``folder``."""
+    """A small DataConfig whose images lie in ``folder``; data_path may be a list of files."""
+    files = data_path if isinstance(data_path, list | tuple) else [data_path]
     values = {
+        "sources": tuple(DataSource(str(file), str(folder)) for file in files),
+        "tokenizer_path": str(tokenizer_path),
         "version": "v1",
         "image_aspect_ratio": "pad",
         "model_max_length": 192,
         "seq_length": 192,
-        "tokens_per_image": 4,
+        "tiling": tiling(),
         "image_backend": "pil",
     }
-    return DataConfig(str(data_path), str(folder), str(tokenizer_path), **{**values, **overrides})
+    return DataConfig(**{**values, **overrides})
 
 
 def vision_config(family: str = "clip", image_size: int = 28) -> VisionConfig:

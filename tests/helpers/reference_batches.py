@@ -77,9 +77,11 @@ def _tensors(columns, bounds, images, tokens, rows, image_size, samples) -> dict
         "max_seqlen": max(b - a for a, b in itertools.pairwise(bounds)),
         "counts": {
             "samples": samples,
+            "positions": shaped["labels"].numel(),
             "tokens": tokens,
             "supervised_tokens": int((shaped["labels"] != -100).sum()),
             "images": len(images),
+            "tiles": len(images),
             "substituted_images": 0,
         },
     }

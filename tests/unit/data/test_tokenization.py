@@ -11,7 +11,13 @@ import sentencepiece
 from dc_megatron.data.conversation import render, render_prompt
 from dc_megatron.data.tokenization import IGNORE, IMAGE_ID, encode_prompt, load_tokenizer, tokenise
 from dc_megatron.errors import UserError
-from tests.helpers.data_files import chatml_tokenizer, conversation, llama_3_tokenizer, sentencepiece_tokenizer
+from tests.helpers.data_files import (
+    chatml_tokenizer,
+    conversation,
+    llama_3_tokenizer,
+    picture,
+    sentencepiece_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +47,12 @@ def load(folders):
 
 def sample_of(tokenizer, version, messages, *, tokens_per_image=3, limit=10_000):
     rendered = render(version, messages)
-    images = tuple(f"{n}.jpg" for n in range(rendered.image_count))
-    return tokenise(tokenizer, rendered, images, tokens_per_image=tokens_per_image, model_max_length=limit)
+    images = tuple(picture(f"{n}.jpg", tokens_per_image) for n in range(rendered.image_count))
+    return tokenise(tokenizer, rendered, images, model_max_length=limit)
+
+
+def names(sample):
+    return [image.name for image in sample.images]
 
 
 def target_text(tokenizer, sample):
@@ -211,15 +221,21 @@ def test_truncation_counts_expanded_positions(load):
     def cut(limit):
         return sample_of(load("legacy"), "v1", messages, tokens_per_image=5, limit=limit)
 
+    # An image that does not fit whole is not there at all.
     inside_first = cut(int(first) + 2)
-    assert (inside_first.length, inside_first.images, len(inside_first.input_ids)) == (first + 2, ("0.jpg",), first + 1)
+    assert (inside_first.length, names(inside_first), len(inside_first.input_ids)) == (first, [], first)
+    assert inside_first.truncated
+    just_fits = cut(int(first) + 5)
+    assert (just_fits.length, names(just_fits)) == (first + 5, ["0.jpg"])
     before_second = cut(int(second) + 4)
-    assert (before_second.length, before_second.images) == (second + 4, ("0.jpg",))
+    assert (before_second.length, names(before_second)) == (second + 4, ["0.jpg"])
     assert len(before_second.input_ids) == second
-    inside_second = cut(int(second) + 5)
-    assert inside_second.images == ("0.jpg", "1.jpg")
-    assert inside_second.supervised_tokens == 0
-    assert inside_second.truncated
+    inside_second = cut(int(second) + 8)
+    assert names(inside_second) == ["0.jpg"]
+    assert (inside_second.length, inside_second.supervised_tokens) == (second + 4, 0)
+    with_second = cut(int(second) + 9)
+    assert names(with_second) == ["0.jpg", "1.jpg"]
+    assert with_second.truncated
     tail = cut(whole.length - 2)
     assert tail.supervised_tokens == whole.supervised_tokens - 2
     assert cut(whole.length).length == whole.length
@@ -227,7 +243,7 @@ def test_truncation_counts_expanded_positions(load):
 
 def test_prompts_for_inference_start_like_training(load):
     tokenizer = load("legacy")
-    ids, mask = encode_prompt(tokenizer, "v1", "What is it?", 1, 3)
+    ids, mask = encode_prompt(tokenizer, "v1", "What is it?", [3])
     sample = sample_of(tokenizer, "v1", conversation("<image>\nWhat is it?", "A dog."))
     where = int(np.flatnonzero(sample.input_ids == IMAGE_ID)[0])
     expected = [*sample.input_ids[:where], 0, 0, 0, *sample.input_ids[where + 1 :]]
