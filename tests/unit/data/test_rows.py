@@ -33,15 +33,16 @@ def test_a_row_with_an_image_and_one_without():
 
 def test_samples_share_a_row():
     first = sample([1, IMAGE_ID, 5], [IGNORE, IGNORE, 5], 1)
-    second = sample([1, IMAGE_ID, 6, IMAGE_ID], [IGNORE, IGNORE, 6, IGNORE], 2, tokens=1)
-    batch = assemble([[first, second]], 10, tiling(3))
-    assert batch["input_ids"].tolist() == [[1, 0, 0, 0, 5, 1, 0, 6, 0, 0]]
+    second = sample([1, IMAGE_ID, 6, IMAGE_ID], [IGNORE, IGNORE, 6, IGNORE], 2)
+    batch = assemble([[first, second]], 14, tiling(3))
+    assert batch["input_ids"].tolist() == [[1, 0, 0, 0, 5, 1, 0, 0, 0, 6, 0, 0, 0, 0]]
     # The last position of the first sample does not predict the second one's first.
-    assert batch["labels"].tolist() == [[-100, -100, -100, 5, -100, -100, 6, -100, -100, -100]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0]]
-    assert batch["cu_seqlens"].tolist() == [0, 5, 9, 10]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 5, -100, -100, -100, -100, 6] + [-100] * 5]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6, 7, 0]]
+    assert batch["image_feature_index"].tolist() == list(range(9))
+    assert batch["cu_seqlens"].tolist() == [0, 5, 13, 14]
     assert batch["pictures"] == [*first.images, *second.images]
-    assert batch["counts"]["tokens"] == 9
+    assert batch["counts"]["tokens"] == 13
 
 
 def test_full_rows():
