@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from dc_megatron.config import VisionConfig
-from dc_megatron.data.image_loading import ImageLoader
+from dc_megatron.config import ImageTiling, VisionConfig
+from dc_megatron.data.image_loading import ImageLoader, ImageRequest
 from dc_megatron.data.image_reference import DECODE_ERRORS, Geometry, geometry
 
 # Feeds of the pipeline, one entry an image.
@@ -61,44 +62,42 @@ class DaliImageLoader(ImageLoader):
         self,
         vision: VisionConfig,
         aspect_ratio: str,
+        tiling: ImageTiling,
         *,
         threads: int = 1,
+        device: str = "cpu",
         max_batch_size: int = 64,
     ):
-        super().__init__(vision, aspect_ratio)
+        super().__init__(vision, aspect_ratio, tiling, threads=threads)
         self._threads = threads
         self._max_batch_size = max_batch_size
         self._pipeline = None
 
-    def _decode(self, files: Sequence[str], encoded: list[bytes | None]) -> tuple[torch.Tensor, list[int]]:
-        size = self.vision.image_size
-        pixels = torch.empty(len(files), 3, size, size)
-        places = {number: place for number, data in enumerate(encoded) if (place := self._place(data)) is not None}
-        numbers = list(places)
+    def _load_images(
+        self, requests: Sequence[ImageRequest], encoded: dict[int, Future], places: Sequence[torch.Tensor]
+    ) -> list[int]:
+        encoded = {number: future.result() for number, future in encoded.items()}
+        shapes = {number: shape for number, data in encoded.items() if (shape := self._place(data)) is not None}
+        numbers = list(shapes)
         for start in range(0, len(numbers), self._max_batch_size):
             chunk = numbers[start : start + self._max_batch_size]
             try:
-                batch = self._run([encoded[n] for n in chunk], [places[n] for n in chunk])
+                batch = self._run([encoded[n] for n in chunk], [shapes[n] for n in chunk])
             except RuntimeError:
                 # A file passed the sniffing and still failed: the pipeline is gone, and PIL decides image by image.
                 self._pipeline = None
                 for number in chunk:
-                    del places[number]
+                    del shapes[number]
             else:
-                pixels[torch.tensor(chunk)] = batch
-        failed = []
-        for number, (path, data) in enumerate(zip(files, encoded, strict=True)):
-            if number in places:
-                continue
-            image, decoded = self._reference(path, data)
-            pixels[number] = torch.from_numpy(image)
-            if not decoded:
-                failed.append(number)
-        return pixels, failed
+                for number, image in zip(chunk, batch, strict=True):
+                    places[number].copy_(image)
+        others = [number for number in encoded if number not in shapes]
+        filled = self._decoders.map(lambda n: self._fill(requests[n], encoded[n], places[n]), others)
+        return [number for number, decoded in zip(others, filled, strict=True) if not decoded]
 
     def _place(self, data: bytes | None) -> Geometry | None:
         """The geometry of an image that DALI decodes as PIL does, else None."""
-        if data is None:
+        if data is None or self.aspect_ratio == "anyres":
             return None
         try:
             with Image.open(io.BytesIO(data)) as image:

@@ -1,86 +1,187 @@
-"""Files to pixel batches behind one interface; ``--image-backend`` chooses PIL or DALI."""
+"""Pictures of samples to pixel batches behind one interface; ``--image-backend`` chooses PIL or DALI.
+
+Bytes are read by threads of their own, because a store may be far away, and decoded by ``threads`` others. What a file
+holds is decided by its first bytes, never by its name. A picture that cannot be read becomes a blank one, and counts.
+"""
 
 from __future__ import annotations
 
 import logging
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from dc_megatron.config import VisionConfig, one_of
-from dc_megatron.data.image_reference import DECODE_ERRORS, open_bytes, preprocess_bytes, substitute
+from dc_megatron.config import ImageTiling, VisionConfig, one_of
+from dc_megatron.data.faults import RecordFault
+from dc_megatron.data.image_reference import DECODE_ERRORS, pixels_of, pixels_of_bytes, substitute
+from dc_megatron.data.picture import Picture
 from dc_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from dc_megatron.data.image_store import ImageStore
 
 logger = logging.getLogger(__name__)
 
+# Threads that wait for a store; they hardly use a processor.
+READERS = 8
+# UnsafeName of a store is a ValueError, and what it gives up on an OSError.
+LOAD_ERRORS = (*DECODE_ERRORS, RecordFault)
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """The tiles ``tiles`` (numbers below ``picture.tiles``) of a picture that lies in ``store``."""
+
+    store: ImageStore
+    picture: Picture
+    tiles: range
+
+
+def tile_requests(pictures: Sequence[Picture], stores: Sequence[ImageStore], share: range) -> list[ImageRequest]:
+    """Requests for the tiles ``share``, counted over all tiles of ``pictures`` in their order.
+
+    stores: one for every data source. A picture at an edge of the share is asked for a part of its tiles only.
+    """
+    requests, first = [], 0
+    for picture in pictures:
+        wanted = range(max(share.start - first, 0), min(share.stop - first, picture.tiles))
+        if wanted:
+            requests.append(ImageRequest(stores[picture.source], picture, wanted))
+        first += picture.tiles
+    return requests
+
 
 class ImageLoader(ABC):
-    """Decodes, resizes and normalises lists of image files."""
+    """Decodes, resizes, cuts and normalises the pictures of a list of requests.
+
+    threads: how many decode at once. One thread may call ``load`` at a time.
+    """
 
     name: str
 
-    def __init__(self, vision: VisionConfig, aspect_ratio: str):
+    def __init__(self, vision: VisionConfig, aspect_ratio: str, tiling: ImageTiling, *, threads: int = 1):
         self.vision = vision
         self.aspect_ratio = aspect_ratio
-        self._warned: set[str] = set()
+        self.tiling = tiling
+        self._blank = substitute(vision)
+        self._warned: set[tuple[int, str]] = set()
+        self._warning = threading.Lock()
+        self._readers = ThreadPoolExecutor(READERS, "image-reader")
+        self._decoders = ThreadPoolExecutor(max(threads, 1), "image-decoder")
 
-    def load(self, files: Sequence[str]) -> tuple[torch.Tensor, list[int]]:
-        """(float32 [k, 3, H, W], numbers of the files that could not be decoded).
+    def load(self, requests: Sequence[ImageRequest]) -> tuple[torch.Tensor, list[int]]:
+        """(float32 [sum of len(r.tiles), 3, H, W], numbers of the requests that failed), both in the requests' order.
 
-        A failed image is replaced by one of the pad colour, with a warning that names the file (once a file).
+        The tiles of a failed request are of the pad colour, with a warning that names the file (once a file).
         """
         size = self.vision.image_size
-        if not files:
-            return torch.zeros(0, 3, size, size), []
-        encoded: list[bytes | None] = []
-        for path in files:
-            try:
-                encoded.append(open_bytes(path))
-            except OSError as error:
-                self._warn(path, error)
-                encoded.append(None)
-        return self._decode(files, encoded)
+        ends = np.cumsum([0, *(len(request.tiles) for request in requests)]).tolist()
+        pixels = torch.empty(ends[-1], 3, size, size)
+        places = [pixels[ends[n] : ends[n + 1]] for n in range(len(requests))]
+        videos: dict[tuple[int, str], list[int]] = {}
+        images: dict[int, Future] = {}
+        for number, request in enumerate(requests):
+            if request.picture.frame < 0:
+                images[number] = self._readers.submit(self._read, request)
+            else:
+                videos.setdefault((id(request.store), request.picture.name), []).append(number)
+        frames = [
+            self._decoders.submit(self._load_video, [requests[n] for n in numbers], [places[n] for n in numbers])
+            for numbers in videos.values()
+        ]
+        failed = self._load_images(requests, images, places)
+        for numbers, future in zip(videos.values(), frames, strict=True):
+            failed += [numbers[n] for n in future.result()]
+        return pixels, sorted(failed)
 
     @abstractmethod
-    def _decode(self, files: Sequence[str], encoded: list[bytes | None]) -> tuple[torch.Tensor, list[int]]:
-        """As ``load``, from the files' bytes (None: unreadable, already warned about)."""
+    def _load_images(
+        self, requests: Sequence[ImageRequest], encoded: dict[int, Future], places: Sequence[torch.Tensor]
+    ) -> list[int]:
+        """Fill ``places[n]`` for each number n of ``encoded``; returns the numbers that failed.
 
-    def _reference(self, path: str, data: bytes | None) -> tuple[np.ndarray, bool]:
-        """(float32 [3, H, W], decoded) by PIL; the substitute and False where that fails."""
-        if data is not None:
+        encoded: the files' bytes, still being read (result None: unreadable, already warned about).
+        """
+
+    def _read(self, request: ImageRequest) -> bytes | None:
+        try:
+            return request.store.read(request.picture.name)
+        except LOAD_ERRORS as error:
+            self._warn(request, error)
+            return None
+
+    def _load_video(self, requests: Sequence[ImageRequest], places: Sequence[torch.Tensor]) -> list[int]:
+        """Fill ``places`` with frames of one video, read in one pass; returns the numbers that failed."""
+        from dc_megatron.data.video import read_frames
+
+        first = requests[0]
+        try:
+            frames = read_frames(first.store, first.picture.name, [request.picture.frame for request in requests])
+        except LOAD_ERRORS as error:
+            self._warn(first, error)
+            frames = [None] * len(requests)
+        return [n for n, (r, f, p) in enumerate(zip(requests, frames, places, strict=True)) if not self._fill(r, f, p)]
+
+    def _fill(self, request: ImageRequest, source: bytes | np.ndarray | None, place: torch.Tensor) -> bool:
+        """Put the reference's tiles into ``place``; blank ones, and False, where that fails.
+
+        source: an encoded image, a decoded frame uint8 [H, W, 3], or None (unreadable, already warned about).
+        """
+        if source is not None:
+            make = pixels_of_bytes if isinstance(source, bytes) else pixels_of
             try:
-                return preprocess_bytes(data, self.vision, self.aspect_ratio), True
-            except DECODE_ERRORS as error:
-                self._warn(path, error)
-        return substitute(self.vision), False
+                tiles = make(source, self.vision, self.aspect_ratio, self.tiling, request.picture, request.tiles)
+            except LOAD_ERRORS as error:
+                self._warn(request, error)
+            else:
+                place.copy_(torch.from_numpy(tiles))
+                return True
+        place.copy_(torch.from_numpy(self._blank))
+        return False
 
-    def _warn(self, path: str, error: Exception) -> None:
-        if path not in self._warned:
-            self._warned.add(path)
-            logger.warning("image %s cannot be decoded (%s); a blank picture takes its place", path, error)
+    def _warn(self, request: ImageRequest, error: Exception) -> None:
+        """One line, once a file."""
+        key = (request.picture.source, request.picture.name)
+        with self._warning:
+            if key in self._warned:
+                return
+            self._warned.add(key)
+        logger.warning("image %s cannot be decoded (%s); a blank picture takes its place", key[1], error)
 
 
 class PilImageLoader(ImageLoader):
-    """The reference, image by image."""
+    """The reference, ``threads`` pictures at a time; PIL works outside of Python's lock."""
 
     name = "pil"
 
-    def _decode(self, files: Sequence[str], encoded: list[bytes | None]) -> tuple[torch.Tensor, list[int]]:
-        pixels, failed = [], []
-        for number, (path, data) in enumerate(zip(files, encoded, strict=True)):
-            image, decoded = self._reference(path, data)
-            pixels.append(image)
-            if not decoded:
-                failed.append(number)
-        return torch.from_numpy(np.stack(pixels)), failed
+    def _load_images(
+        self, requests: Sequence[ImageRequest], encoded: dict[int, Future], places: Sequence[torch.Tensor]
+    ) -> list[int]:
+        def one(number: int) -> bool:
+            return self._fill(requests[number], encoded[number].result(), places[number])
+
+        return [number for number, filled in zip(encoded, self._decoders.map(one, encoded), strict=True) if not filled]
 
 
-def image_loader(backend: str, vision: VisionConfig, aspect_ratio: str, *, threads: int = 1) -> ImageLoader:
+def image_loader(
+    backend: str,
+    vision: VisionConfig,
+    aspect_ratio: str,
+    tiling: ImageTiling,
+    *,
+    threads: int = 1,
+    decode_device: str = "cpu",
+) -> ImageLoader:
     """The loader of ``--image-backend``: ``auto`` takes DALI where it can be imported.
 
-    threads: CPU threads of DALI. Raises UserError where ``dali`` is asked for and not installed.
+    threads: how many decode at once. decode_device: ``gpu`` has DALI decode on the GPU. Raises UserError where ``dali``
+    is asked for and not installed.
     """
     one_of(backend, ("auto", "dali", "pil"), "--image-backend")
     if backend != "pil":
@@ -93,5 +194,5 @@ def image_loader(backend: str, vision: VisionConfig, aspect_ratio: str, *, threa
                     " nvidia-dali-cuda120, or use --image-backend pil"
                 ) from None
         else:
-            return DaliImageLoader(vision, aspect_ratio, threads=threads)
-    return PilImageLoader(vision, aspect_ratio)
+            return DaliImageLoader(vision, aspect_ratio, tiling, threads=threads, device=decode_device)
+    return PilImageLoader(vision, aspect_ratio, tiling, threads=threads)
