@@ -29,9 +29,11 @@ from dc_megatron.config.tiling import (
     ImageTiling,
     PictureTiles,
     best_resolution,
+    default_pinpoints,
     fitted_size,
     image_tiling,
     read_pinpoints,
+    tiling_of_flags,
 )
 from dc_megatron.config.vision import VisionConfig
 
@@ -53,6 +55,7 @@ __all__ = [
     "VisionConfig",
     "best_resolution",
     "check_parallel_layout",
+    "default_pinpoints",
     "fitted_size",
     "image_share",
     "image_tiling",
@@ -65,4 +68,5 @@ __all__ = [
     "read_json_file",
     "read_pinpoints",
     "refuse_quantised",
+    "tiling_of_flags",
 ]

@@ -7,6 +7,7 @@ are multiples of the tile, cut into tiles, and shown as a whole once more in fro
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import dataclass
 
 from dc_megatron.config.choices import one_of
@@ -15,6 +16,8 @@ from dc_megatron.config.vision import VisionConfig
 from dc_megatron.errors import UserError
 
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+# LLaVA-1.6's image_grid_pinpoints in tiles (columns, rows), in its order: the first of equals is taken.
+_LLAVA_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
 @dataclass(frozen=True)
@@ -105,16 +108,23 @@ def best_resolution(width: int, height: int, pinpoints: tuple[tuple[int, int], .
 
 
 def fitted_size(width: int, height: int, resolution: tuple[int, int]) -> tuple[int, int]:
-    """LLaVA's ``resize_and_pad_image``: (width, height) of the picture inside ``resolution``, rounded up."""
+    """LLaVA's ``resize_and_pad_image``: (width, height) of the picture inside ``resolution``, rounded up.
+
+    In floating point, as LLaVA and transformers: 500x375 becomes 672x505, although 504 would be exact.
+    """
     across, down = resolution
-    # Ceil of the exact quotient; the original's floating point may be one off where the quotient is whole.
-    if across * height < down * width:
-        return across, min(-(-height * across // width), down)
-    return min(-(-width * down // height), across), down
+    scale_across, scale_down = across / width, down / height
+    if scale_across < scale_down:
+        return across, min(math.ceil(height * scale_across), down)
+    return min(math.ceil(width * scale_down), across), down
 
 
 def unpadded(width: int, height: int, across: int, down: int) -> tuple[int, int]:
-    """LLaVA's ``unpad_image``: (rows, columns) of patches to cut off at each side of a grid ``across`` x ``down``."""
+    """LLaVA's ``unpad_image``: (rows, columns) of patches to cut off at each side of a grid ``across`` x ``down``.
+
+    In whole numbers, which is what transformers' rounding to 7 digits comes to; LLaVA's own floating point may fall
+    short of a whole quotient and then cuts one more patch at each side (2 of 200,000 random sizes up to 4000).
+    """
     if width * down > height * across:
         return (down - height * across // width) // 2, 0
     return 0, (across - width * down // height) // 2
@@ -123,12 +133,41 @@ def unpadded(width: int, height: int, across: int, down: int) -> tuple[int, int]
 def read_pinpoints(text: str, vision: VisionConfig, flag: str = "--image_grid_pinpoints") -> tuple:
     """``[(336, 672), (672, 336)]`` as tuples of (width, height), checked against the tower's size; UserError."""
     try:
-        pinpoints = tuple((int(width), int(height)) for width, height in ast.literal_eval(text))
+        pinpoints = tuple((width, height) for width, height in ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         raise UserError(f'{flag} {text}: not a list of resolutions such as "[(336, 672), (672, 336)]"') from None
     size = vision.image_size
-    wrong = [one for one in pinpoints if any(edge <= 0 or edge % size for edge in one)]
+    wrong = [one for one in pinpoints if any(type(edge) is not int or edge <= 0 or edge % size for edge in one)]
     if wrong or not pinpoints:
         what = f"{wrong[0]} is no multiple" if wrong else "there is none; they are multiples"
         raise UserError(f"{flag} {text}: {what} of the tower's {size} pixels, such as {(size, 2 * size)}")
     return pinpoints
+
+
+def default_pinpoints(vision: VisionConfig) -> tuple[tuple[int, int], ...]:
+    """LLaVA-1.6's resolutions for a tower of 336 pixels, and the same multiples of any other tower's size."""
+    return tuple((across * vision.image_size, down * vision.image_size) for across, down in _LLAVA_GRIDS)
+
+
+def tiling_of_flags(
+    vision: VisionConfig,
+    connector: ConnectorConfig,
+    image_aspect_ratio: str,
+    image_grid_pinpoints: str = "",
+    mm_patch_merge_type: str = "",
+) -> ImageTiling:
+    """The tiling that the flags of these names describe; "" stands for a flag's default.
+
+    Under anyres the defaults are LLaVA-1.6's: its resolutions, and spatial_unpad, but flat with sti. UserError: flags
+    that contradict each other, resolutions that are none of the tower's.
+    """
+    if image_aspect_ratio != "anyres":
+        if image_grid_pinpoints:
+            raise UserError(
+                f"--image_grid_pinpoints {image_grid_pinpoints}: --image_aspect_ratio {image_aspect_ratio} cuts no"
+                " tiles; leave it out, or use --image_aspect_ratio anyres"
+            )
+        return image_tiling(vision, connector, (), mm_patch_merge_type or "flat")
+    pinpoints = read_pinpoints(image_grid_pinpoints, vision) if image_grid_pinpoints else default_pinpoints(vision)
+    usual = "flat" if connector.dense_connector_type == "sti" else "spatial_unpad"
+    return image_tiling(vision, connector, pinpoints, mm_patch_merge_type or usual)
