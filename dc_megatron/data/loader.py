@@ -1,51 +1,46 @@
 """Endless micro-batches in an order that depends on seed and position only, prepared by a background thread.
 
-Position p of the sample stream is sample ``order(epoch)[p % n]`` of epoch ``p // n``. A micro-batch takes consecutive
-positions, rank after rank, so the same global batch holds the same samples at any data-parallel size, and a run
-resumes from its number of consumed samples alone.
+The row plan says which samples stand in row p of the stream. A micro-batch takes consecutive rows, rank after rank, so
+the same global batch holds the same rows at any data-parallel size, and a run resumes from its number of consumed rows
+alone.
 """
 
 from __future__ import annotations
 
 import atexit
-import os
+import logging
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import torch
 
 from dc_megatron.config import DataConfig, VisionConfig
 from dc_megatron.config import image_share as share_of
-from dc_megatron.data.image_loading import ImageLoader, image_loader
+from dc_megatron.data.image_loading import ImageLoader, image_loader, tile_requests
+from dc_megatron.data.image_store import ImageStore, open_stores
 from dc_megatron.data.index import SampleIndex
-from dc_megatron.data.rows import assemble, sample_order
+from dc_megatron.data.row_plan import RowPlan
+from dc_megatron.data.rows import assemble, row_length
 
+logger = logging.getLogger(__name__)
 
-class SampleStream:
-    """Random access to the endless stream of samples; keeps the permutation of the epoch it was last asked for."""
-
-    def __init__(self, length: int, seed: int, order: str):
-        self._length, self._seed, self._order = length, seed, order
-        self._epoch, self._permutation = -1, None
-
-    def __getitem__(self, position: int) -> int:
-        """Index of the sample at ``position`` >= 0 of the stream."""
-        epoch, offset = divmod(position, self._length)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._permutation = sample_order(self._length, self._seed, epoch, self._order)
-        return int(self._permutation[offset])
+# A step that waits this long for its data says so, and again after as long.
+_SAY_AFTER_SECONDS = 30.0
 
 
 class MicroBatches:
     """Iterator of Batch dicts (see rows.assemble; ``pixel_values`` is added here).
 
-    index: the opened SampleIndex. vision: for the pixels. micro_batch_size: rows of one batch. data_parallel_rank,
-    data_parallel_size: this rank's part of every step. image_share: (rank, size) in the group that shares the images
-    of a micro-batch; this rank's k images (see config.image_share) go into pixel_values float32 [k, 3, H, W].
-    decode_images=False: pixel_values is None. start_sample: samples that the whole run has consumed. prefetch: batches
-    prepared ahead; 0 prepares them in next() itself. image_threads: CPU threads of DALI.
+    index: the opened SampleIndex. plan: which samples stand in which row. vision: for the pixels. micro_batch_size:
+    rows of one batch. data_parallel_rank, data_parallel_size: this rank's part of every step. image_share: (rank, size)
+    in the group that shares the tiles of a micro-batch; this rank's k tiles (see config.image_share) go into
+    pixel_values float32 [k, 3, H, W]. decode_images=False: pixel_values is None. start_row: rows that the whole run has
+    consumed. length_multiple: unpacked rows are as long as the longest of their micro-batch, rounded up to this.
+    prefetch: batches prepared ahead; 0 prepares them in next() itself. image_threads: threads that decode. stores: one
+    for every data source (default: opened from ``config``).
 
     ``data_wait_seconds`` sums the time next() waited. counts["substituted_images"] counts this rank's share only. An
     exception of the background thread is raised by next(). ``close()`` ends the thread.
@@ -54,6 +49,7 @@ class MicroBatches:
     def __init__(
         self,
         index: SampleIndex,
+        plan: RowPlan,
         config: DataConfig,
         vision: VisionConfig,
         *,
@@ -62,28 +58,28 @@ class MicroBatches:
         data_parallel_size: int,
         image_share: tuple[int, int] = (0, 1),
         decode_images: bool = True,
-        start_sample: int = 0,
-        prefetch: int = 2,
+        start_row: int = 0,
+        length_multiple: int = 1,
+        prefetch: int = 4,
         image_threads: int = 1,
+        stores: Sequence[ImageStore] | None = None,
     ):
-        stream = SampleStream(len(index), config.seed, config.order)
-        make_loader = _loader_factory(config, vision, image_threads) if decode_images else None
-        loaders: list[ImageLoader] = []
+        packed = config.packing != "none"
+        assert not packed or micro_batch_size == 1, "packed rows are attended to one at a time"
+        pixels = None
+        if decode_images:
+            pixels = _Pixels(config, vision, image_share, image_threads, stores)
         step = micro_batch_size * data_parallel_size
 
         def produce(number: int) -> dict:
-            first = start_sample + number * step + data_parallel_rank * micro_batch_size
-            samples = [index[stream[first + row]] for row in range(micro_batch_size)]
-            batch = assemble(samples, config.seq_length, config.tokens_per_image)
+            first = start_row + number * step + data_parallel_rank * micro_batch_size
+            rows = [[index[sample] for sample in plan[first + row]] for row in range(micro_batch_size)]
+            length = config.seq_length if packed else row_length(rows, length_multiple)
+            batch = assemble(rows, length, config.tiling)
             batch["pixel_values"] = None
-            if make_loader is not None:
-                # Made where it is used: DALI's pipeline belongs to the thread that runs it.
-                if not loaders:
-                    loaders.append(make_loader())
-                files = [os.path.join(config.image_folder, name) for sample in samples for name in sample.images]
-                share = share_of(len(files), *image_share)
-                batch["pixel_values"], failed = loaders[0].load(files[share.start : share.stop])
-                batch["counts"]["substituted_images"] = len(failed)
+            if pixels is not None:
+                batch["pixel_values"], failed = pixels.load(batch)
+                batch["counts"]["substituted_images"] = failed
             return batch
 
         self.data_wait_seconds = 0.0
@@ -109,6 +105,31 @@ class MicroBatches:
             self._prefetcher.stop()
 
 
+class _Pixels:
+    """This rank's share of the tiles of a batch."""
+
+    def __init__(self, config: DataConfig, vision: VisionConfig, share: tuple[int, int], threads: int, stores):
+        self._config, self._vision, self._share, self._threads = config, vision, share, threads
+        self._stores, self._loader = stores, None
+
+    def load(self, batch: dict) -> tuple[torch.Tensor, int]:
+        """(float32 [k, 3, H, W], pictures that could not be decoded)."""
+        if self._stores is None:
+            self._stores = open_stores(self._config.sources)
+        share = share_of(batch["num_images"], *self._share)
+        pixels, failed = self._made().load(tile_requests(batch["pictures"], self._stores, share))
+        return pixels, len(failed)
+
+    def _made(self) -> ImageLoader:
+        # Made where it is used: DALI's pipeline belongs to the thread that runs it.
+        if self._loader is None:
+            config = self._config
+            self._loader = image_loader(
+                config.image_backend, self._vision, config.image_aspect_ratio, config.tiling, threads=self._threads
+            )
+        return self._loader
+
+
 class _Prefetcher:
     """Runs ``produce(0), produce(1), ...`` in a daemon thread, at most ``depth`` results ahead."""
 
@@ -123,11 +144,20 @@ class _Prefetcher:
     def take(self) -> dict:
         if self._stopped.is_set():
             raise RuntimeError("the data loader has been closed")
-        result, error = self._queue.get()
+        result, error = self._wait()
         if error is not None:
             self.stop()
             raise error
         return result
+
+    def _wait(self) -> tuple:
+        waited = 0.0
+        while True:
+            try:
+                return self._queue.get(timeout=_SAY_AFTER_SECONDS)
+            except queue.Empty:
+                waited += _SAY_AFTER_SECONDS
+                logger.warning("the step has waited %.0f s for its data: slow pictures or a slow store", waited)
 
     def stop(self) -> None:
         atexit.unregister(self.stop)
@@ -155,10 +185,3 @@ class _Prefetcher:
             except queue.Full:
                 continue
         return False
-
-
-def _loader_factory(config: DataConfig, vision: VisionConfig, threads: int):
-    def make() -> ImageLoader:
-        return image_loader(config.image_backend, vision, config.image_aspect_ratio, threads=threads)
-
-    return make

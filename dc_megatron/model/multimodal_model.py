@@ -91,7 +91,8 @@ class DenseConnectorModel(MegatronModule):
             position_ids=batch["position_ids"],
             attention_mask=None,
             decoder_input=embeddings,
-            packed_seq_params=self._packed_seq_params(batch) if self.packed else None,
+            # Questions to a model in training come unpacked, without bounds.
+            packed_seq_params=self._packed_seq_params(batch) if self.packed and "cu_seqlens" in batch else None,
             output_processor=head,
             output_processor_context=request,
         )

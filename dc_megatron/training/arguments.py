@@ -14,7 +14,7 @@ from dc_megatron.training.settings import RunSettings
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Sizes of the batches (in rows; one row holds one sample while packing is none) and the number of steps."""
+    """Sizes of the batches in rows (one sample each while packing is none) and the number of steps."""
 
     data_parallel_size: int
     micro_batch_size: int
@@ -28,22 +28,31 @@ class StepPlan:
     notes: tuple[str, ...]
 
 
-def plan_steps(settings: RunSettings, num_samples: int | None, world_size: int) -> StepPlan:
+def plan_steps(
+    settings: RunSettings, num_rows: int | None, world_size: int, mean_length: float | None = None
+) -> StepPlan:
     """Resolve batch sizes, row length, steps and warm-up for ``world_size`` processes.
 
-    ``num_samples`` is the number of usable samples of one epoch; None is allowed where --max_steps is given.
-    Steps of E epochs: ceil(E x samples / global batch); the last batch is filled up from the next epoch.
+    ``num_rows`` is the number of rows in all epochs of the run (see ``row_plan``), None where --max_steps is given.
+    ``mean_length``: positions of a sample on average, which packing needs where the batch is given in samples.
+    Steps: ceil(rows / global batch); the last batch is filled up from the next epoch.
     Raises UserError for sizes that do not fit each other.
     """
     data_parallel = _data_parallel_size(settings, world_size)
-    micro, global_batch = _batch_sizes(settings, world_size, data_parallel)
+    notes: list[str] = []
+    seq_length = row_length(settings, notes)
+    if settings.packing == "none":
+        micro, global_batch = _batch_sizes(settings, world_size, data_parallel)
+        notes.append(
+            f"{global_batch} samples a step ({micro} x {global_batch // (micro * data_parallel)} x {data_parallel})"
+        )
+    else:
+        micro, global_batch = 1, _packed_batch(settings, world_size, data_parallel, seq_length, mean_length, notes)
     steps = settings.max_steps
     if steps is None:
-        if not num_samples:
-            raise UserError(f"--data_path {settings.data_path}: there are no samples to train on")
-        steps = math.ceil(settings.num_train_epochs * num_samples / global_batch)
-    notes = [f"{global_batch} samples a step ({micro} x {global_batch // (micro * data_parallel)} x {data_parallel})"]
-    seq_length = _seq_length(settings, notes)
+        if not num_rows:
+            raise UserError(f"--data_path {' '.join(settings.data_path)}: there are no samples to train on")
+        steps = math.ceil(num_rows / global_batch)
     warmup = _warmup_steps(settings, steps, notes)
     return StepPlan(
         data_parallel_size=data_parallel,
@@ -58,6 +67,37 @@ def plan_steps(settings: RunSettings, num_samples: int | None, world_size: int) 
         save_interval=settings.save_steps if settings.save_strategy == "steps" else steps,
         notes=tuple(notes),
     )
+
+
+def _packed_batch(
+    settings: RunSettings,
+    world_size: int,
+    data_parallel: int,
+    seq_length: int,
+    mean_length: float | None,
+    notes: list[str],
+) -> int:
+    """Rows of a global batch whose rows are packed: given, or as many as LLaVA's number of samples fills."""
+    samples = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world_size
+    given = settings.global_batch_size
+    if given:
+        if given % data_parallel:
+            raise UserError(
+                f"--global-batch-size {given} (rows): not divisible by {data_parallel} data-parallel ranks; use"
+                f" {max(1, round(given / data_parallel)) * data_parallel}"
+            )
+        if {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(settings.given):
+            notes.append(f"--global-batch-size {given} counts, not the {samples} samples of LLaVA's batch flags")
+        return given
+    # Known before the data only as far as errors go: one row each.
+    rows = samples * mean_length / seq_length if mean_length else data_parallel
+    rounded = max(1, round(rows / data_parallel)) * data_parallel
+    if mean_length:
+        notes.append(
+            f"{rounded} rows of {seq_length} a step ({rounded // data_parallel} x {data_parallel}) for {samples}"
+            f" samples of {mean_length:.0f} positions on average"
+        )
+    return rounded
 
 
 def _data_parallel_size(settings: RunSettings, world_size: int) -> int:
@@ -96,9 +136,15 @@ def _batch_sizes(settings: RunSettings, world_size: int, data_parallel: int) -> 
     return micro, global_batch
 
 
-def _seq_length(settings: RunSettings, notes: list[str]) -> int:
+# Long enough to be filled well by samples of LLaVA's lengths.
+_PACKED_LENGTH = 4096
+
+
+def row_length(settings: RunSettings, notes: list[str]) -> int:
     """Row length; under sequence parallelism every tensor parallel rank takes an equal piece of it."""
     length = settings.seq_length or settings.model_max_length
+    if settings.packing != "none" and not settings.seq_length:
+        length = max(_PACKED_LENGTH, settings.model_max_length)
     tensor = settings.tensor_model_parallel_size
     if settings.sequence_parallel and length % tensor:
         if settings.seq_length:
@@ -107,7 +153,7 @@ def _seq_length(settings: RunSettings, notes: list[str]) -> int:
                 f" use {math.ceil(length / tensor) * tensor}"
             )
         rounded = math.ceil(length / tensor) * tensor
-        notes.append(f"--seq-length {rounded}: model_max_length {length}, rounded up to a multiple of {tensor} ranks")
+        notes.append(f"--seq-length {rounded}: {length}, rounded up to a multiple of {tensor} ranks")
         return rounded
     return length
 
@@ -129,9 +175,8 @@ def _warmup_steps(settings: RunSettings, steps: int, notes: list[str]) -> int:
     return math.ceil(settings.warmup_ratio * steps)
 
 
-def finish(settings: RunSettings, num_samples: int | None, world_size: int) -> list[str]:
-    """Megatron's flags for batches, steps, schedule and checkpoints: see ``plan_steps`` for arguments and errors."""
-    plan = plan_steps(settings, num_samples, world_size)
+def finish(settings: RunSettings, plan: StepPlan) -> list[str]:
+    """Megatron's flags for batches, steps, schedule and checkpoints."""
     style = "constant" if settings.lr_scheduler_type == "constant_with_warmup" else settings.lr_scheduler_type
     words = ["--micro-batch-size", plan.micro_batch_size, "--global-batch-size", plan.global_batch_size]
     words += ["--seq-length", plan.seq_length, "--train-iters", plan.train_iters]
@@ -149,7 +194,9 @@ def finish(settings: RunSettings, num_samples: int | None, world_size: int) -> l
     return [str(word) for word in words]
 
 
-def megatron_shape_argv(language: LanguageConfig, settings: RunSettings, typed: list[str] = ()) -> list[str]:
+def megatron_shape_argv(
+    language: LanguageConfig, settings: RunSettings, seq_length: int, typed: list[str] = ()
+) -> list[str]:
     """The shape of the language model as Megatron's flags, from its config.json.
 
     ``typed`` is ``Translation.megatron_argv``: a shape flag in it that contradicts the config is a UserError, and so
@@ -161,7 +208,7 @@ def megatron_shape_argv(language: LanguageConfig, settings: RunSettings, typed: 
         settings.pipeline_model_parallel_size,
         settings.uneven_pipeline,
     )
-    rows = _shape(language, settings)
+    rows = _shape(language, seq_length)
     for name, values in _typed_options(typed).items():
         if name in rows and name not in _LARGER_IS_FINE and not _same(values, rows[name]):
             raise UserError(
@@ -223,7 +270,7 @@ def _same(typed: list[str], ours: list[str]) -> bool:
         return typed == ours
 
 
-def _shape(language: LanguageConfig, settings: RunSettings) -> dict[str, list[str]]:
+def _shape(language: LanguageConfig, seq_length: int) -> dict[str, list[str]]:
     """Megatron option -> its values. Megatron derives other values where some of these are left out."""
     if language.rope_theta != int(language.rope_theta):
         raise UserError(
@@ -231,9 +278,7 @@ def _shape(language: LanguageConfig, settings: RunSettings) -> dict[str, list[st
             " numbers only"
         )
     # Rotary positions have no table that ends: the engine only checks that the number is not below the row length.
-    longest = max(settings.seq_length or 0, settings.model_max_length)
-    # The row may be rounded up to a multiple of the tensor parallel size.
-    positions = max(language.max_position_embeddings, longest + settings.tensor_model_parallel_size - 1)
+    positions = max(language.max_position_embeddings, seq_length)
     rows: dict[str, object] = {
         "--num-layers": language.num_hidden_layers,
         "--hidden-size": language.hidden_size,
@@ -281,18 +326,12 @@ def backend_argv(cuda: bool, transformer_engine: bool, apex: bool) -> list[str]:
     return words
 
 
-def engine_argv(
-    translation: Translation,
-    language: LanguageConfig,
-    num_samples: int | None,
-    world_size: int,
-    backend: list[str],
-) -> list[str]:
+def engine_argv(translation: Translation, language: LanguageConfig, plan: StepPlan, backend: list[str]) -> list[str]:
     """All words for Megatron's parser: ``backend_argv(...)``, shape, batches and steps, and last what was typed."""
     settings = translation.settings
     return [
         *backend,
-        *megatron_shape_argv(language, settings, translation.megatron_argv),
-        *finish(settings, num_samples, world_size),
+        *megatron_shape_argv(language, settings, plan.seq_length, translation.megatron_argv),
+        *finish(settings, plan),
         *translation.megatron_argv,
     ]

@@ -111,11 +111,12 @@ def _words_until_next_flag(argv: list[str], start: int) -> list[str]:
 
 
 def _read_ours(flag: Flag, name: str, key: str, following: list[str], reading: _Reading) -> int:
-    """Values used: 0 for a switch alone, else 1."""
+    """Values used: 0 for a switch alone, all of a flag that takes many, else 1."""
     if flag.type is bool and not (following and following[0].lower() in _TRUE_FALSE):
         text, used = "True", 0
     elif following:
-        text, used = following[0], 1
+        used = len(following) if flag.many else 1
+        text = " ".join(following[:used])
     else:
         raise UserError(f"{name}: a value is missing{_choices(flag)}")
     if flag.status == NO_MEANING:
@@ -125,7 +126,7 @@ def _read_ours(flag: Flag, name: str, key: str, following: list[str], reading: _
             raise UserError(f"{name} {text}: not available yet: {flag.help}")
     else:
         field_name = flag.key
-        value = _value(flag, name, text)
+        value = tuple(following) if flag.many else _value(flag, name, text)
         if key == "lr_decay_style" and value == "constant":
             value = "constant_with_warmup"  # Megatron's constant keeps the warm-up, Hugging Face's has none
         reading.values[field_name] = value
@@ -214,6 +215,7 @@ def _refuse_contradictions(reading: _Reading, values: dict) -> None:
             )
         values["model_max_length"] = values["seq_length"]
         reading.notes.append(f"--model_max_length {values['seq_length']}: as long as --seq-length")
+    _settle_packing(reading, values)
     if values["min_lr"] > values["learning_rate"]:
         raise UserError(f"--min-lr {values['min_lr']}: above --learning_rate {values['learning_rate']}")
     for name in _POSITIVE:
@@ -226,6 +228,25 @@ def _refuse_contradictions(reading: _Reading, values: dict) -> None:
         raise UserError(f"{reading.spelled['warmup_ratio']} {values['warmup_ratio']}: must be from 0 to 1")
 
 
+def _settle_packing(reading: _Reading, values: dict) -> None:
+    """LLaVA's grouping of unpacked rows turns packing off; flags that count samples in a row do not go with it."""
+    if values["group_by_modality_length"] and values["packing"] != "none":
+        if "packing" in reading.values:
+            raise UserError(
+                "--group_by_modality_length True contradicts --packing best-fit, whose rows are all full; give one"
+            )
+        values["packing"] = "none"
+        reading.notes.append("--packing none: --group_by_modality_length orders rows of one sample each")
+    if values["group_by_modality_length"] and values["data_order"] == "sequential":
+        raise UserError("--group_by_modality_length True contradicts --data-order sequential; give one")
+    micro = values["micro_batch_size"]
+    if values["packing"] != "none" and micro not in (None, 1):
+        raise UserError(
+            f"{reading.spelled['micro_batch_size']} {micro}: with --packing best-fit a micro-batch is one row; use"
+            " --seq-length for longer rows, or --packing none"
+        )
+
+
 _POSITIVE = (
     "model_max_length",
     "seq_length",
@@ -235,6 +256,7 @@ _POSITIVE = (
     "gradient_accumulation_steps",
     "global_batch_size",
     "micro_batch_size",
+    "video_frames",
     "save_steps",
     "logging_steps",
     "tensor_model_parallel_size",

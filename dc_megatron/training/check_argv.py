@@ -14,6 +14,7 @@ import sys
 from dc_megatron.errors import UserError
 from dc_megatron.training.argv import REQUIRED_FOR_TRAINING, Translation, translate
 from dc_megatron.training.flag_help import requested_help
+from dc_megatron.training.flag_table import flags_by_key
 from dc_megatron.training.run import check
 
 
@@ -22,7 +23,8 @@ def _described(translation: Translation) -> str:
     lines = ["# flags of the run"]
     for name in settings.given:
         value = getattr(settings, name)
-        lines.append(f"--{name} {shlex.quote(','.join(value) if isinstance(value, tuple) else str(value))}")
+        words = value if flags_by_key()[name].many else [",".join(value) if isinstance(value, tuple) else str(value)]
+        lines.append(" ".join([f"--{name}", *map(shlex.quote, words)]))
     lines.append("# for Megatron's parser, before data, model and machine add theirs")
     for word in translation.megatron_argv:
         if word.startswith("--"):

@@ -11,11 +11,13 @@ from megatron.training import get_args
 from dc_megatron.config import DataConfig, VisionConfig
 from dc_megatron.data.index import SampleIndex
 from dc_megatron.data.loader import MicroBatches
+from dc_megatron.data.row_plan import RowPlan
 from dc_megatron.errors import UserError
 
 
 def make_dataset_provider(
     index: SampleIndex,
+    rows: RowPlan,
     config: DataConfig,
     vision: VisionConfig,
     plan: str,
@@ -36,6 +38,7 @@ def make_dataset_provider(
         _refuse_different_plans(plan)
         loader = MicroBatches(
             index,
+            rows,
             config,
             vision,
             micro_batch_size=args.micro_batch_size,
@@ -46,7 +49,9 @@ def make_dataset_provider(
                 parallel_state.get_tensor_model_parallel_world_size(),
             ),
             decode_images=parallel_state.get_pipeline_model_parallel_rank() == 0 and not vp_stage,
-            start_sample=args.consumed_train_samples,
+            start_row=args.consumed_train_samples,
+            # Under sequence parallelism every tensor-parallel rank takes an equal piece of a row.
+            length_multiple=args.tensor_model_parallel_size,
             image_threads=max(1, args.num_workers),
         )
         loaders.append(loader)

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from dc_megatron.data.index_waiting import build_or_wait
 from dc_megatron.errors import UserError
 from dc_megatron.runtime import device, installed, patches
-from dc_megatron.training import run
-from dc_megatron.training.arguments import backend_argv, engine_argv, plan_steps
+from dc_megatron.training import data_plan, run
+from dc_megatron.training.arguments import StepPlan, backend_argv, engine_argv
 from dc_megatron.training.metrics import Clock, MetricsFile, StepCounts
 from dc_megatron.training.resume import refuse_damaged_files, refuse_other_tower_weights
 from dc_megatron.weights.checkpoint_folder import write_json
@@ -34,16 +34,17 @@ def train(checked: run.Checked) -> None:
         # First: of a damaged file it is the name that helps, not what could not be made of its content.
         refuse_damaged_files(checked.start, rank, world_size)
     _check_weights(checked)
-    config = run.data_config(checked, world_size)
-    index = build_or_wait(config, run.index_folder(checked.settings), local_rank, progress=_progress(local_rank))
-    plan = run.plan_hash(index.summary.key, index.summary.kept_hash, config)
-    run.refuse_changed_plan(checked.start, plan, checked.settings)
-    words = _engine_words(checked, len(index), world_size)
+    config = data_plan.data_config(checked)
+    folder = run.index_folder(checked.settings)
+    data = data_plan.open_data(
+        checked, config, build_or_wait(config, folder, local_rank, progress=_progress(local_rank)), folder, world_size
+    )
+    words = _engine_words(checked, data.steps)
     if rank == 0:
-        _say_hello(checked, index, world_size)
+        _say_hello(checked, data)
     patches.apply(training=True)
     args = _parse(words, checked)
-    _pretrain(checked, args, index, config, plan, words)
+    _pretrain(checked, args, data, words)
 
 
 def _stand_alone() -> None:
@@ -82,10 +83,10 @@ def _check_weights(checked: run.Checked) -> None:
         )
 
 
-def _engine_words(checked: run.Checked, samples: int, world_size: int) -> list[str]:
+def _engine_words(checked: run.Checked, steps: StepPlan) -> list[str]:
     backend = backend_argv(device.has_cuda(), installed.usable_transformer_engine(), installed.usable_apex())
     translation = checked.translation
-    words = engine_argv(translation, checked.language, samples, world_size, backend)
+    words = engine_argv(translation, checked.language, steps, backend)
     # The engine's own words come last in that list; the start decides which checkpoint they name.
     return words[: len(words) - len(translation.megatron_argv)] + checked.start.words
 
@@ -101,18 +102,25 @@ def _progress(local_rank: int):
     return show
 
 
-def _say_hello(checked: run.Checked, index, world_size: int) -> None:
-    settings, summary = checked.settings, index.summary
-    plan = plan_steps(settings, len(index), world_size)
+def _say_hello(checked: run.Checked, data: data_plan.Data) -> None:
+    settings, summary, plan = checked.settings, data.index.summary, data.steps
     for note in (*checked.translation.notes, *checked.start.notes, *plan.notes):
         print(f"note: {note}")
     if not settings.output_dir:
         print("note: --output_dir is missing: nothing of this run will be saved")
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.dropped.items())) or "none"
     print(f"data: {summary.kept} samples of {summary.records} records (dropped: {dropped}), {summary.images} images")
+    length = f"up to {plan.seq_length}"
+    if settings.packing != "none":
+        length, figures = str(plan.seq_length), data.rows.statistics()
+        print(
+            f"packing: {figures.rows} rows of {figures.seq_length} positions hold {figures.samples} samples, fill"
+            f" {100 * figures.fill:.1f} %; {figures.samples_per_row:.1f} samples and {figures.tiles_mean:.1f}"
+            f" ({figures.tiles_min} to {figures.tiles_max}) pictures a row"
+        )
     print(
-        f"plan: {plan.train_iters} steps of {plan.global_batch_size} rows, one sample each, of {plan.seq_length}"
-        f" positions; warm-up {plan.warmup_iters} steps"
+        f"plan: {plan.train_iters} steps of {plan.global_batch_size} rows of {length} positions; warm-up"
+        f" {plan.warmup_iters} steps"
     )
     print(
         f"model: {checked.language.model_type} {checked.language.num_hidden_layers} layers x"
@@ -133,6 +141,9 @@ def _parse(words: list[str], checked: run.Checked):
     sys.argv = [sys.argv[0], *words]
     try:
         args = parse_and_validate_args()
+        # Unpacked rows are as long as the longest of their micro-batch; the stages then tell each other the shape. The
+        # engine has no flag for it and sets it in validate_args.
+        args.variable_seq_lengths = checked.settings.packing == "none" and args.pipeline_model_parallel_size > 1
         core_transformer_config_from_args(args)
     except (AssertionError, ValueError) as error:
         raise UserError(f"Megatron refuses these flags: {error or 'see the traceback of its validate_args'}") from error
@@ -142,7 +153,7 @@ def _parse(words: list[str], checked: run.Checked):
     return args
 
 
-def _sample_pictures(checked: run.Checked, args, index, config):
+def _sample_pictures(checked: run.Checked, args, data: data_plan.Data):
     from dc_megatron.training.sample_pictures import SamplePictures
 
     count = checked.settings.log_images
@@ -152,13 +163,13 @@ def _sample_pictures(checked: run.Checked, args, index, config):
     elif args.overlap_param_gather:
         obstacle = "--overlap-param-gather"
     if obstacle is None:
-        return SamplePictures(checked, index, config, count)
+        return SamplePictures(checked, data.index, data.config, count)
     if "log_images" in checked.settings.given:
         raise UserError(f"--log-images {count}: not available yet with {obstacle}; leave one of them out")
     return None
 
 
-def _pretrain(checked: run.Checked, args, index, config, plan: str, words: list[str]) -> None:
+def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]) -> None:
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -175,9 +186,9 @@ def _pretrain(checked: run.Checked, args, index, config, plan: str, words: list[
         write_json(os.path.join(args.save, "resolved_config.json"), run.resolved(checked, words))
     session = engine_hooks.Session(
         checked=checked,
-        plan_hash=plan,
-        images_of_an_epoch=index.summary.images,
-        dropped_samples=index.summary.dropped_samples,
+        plan_hash=data.plan_hash,
+        images_of_an_epoch=data.index.summary.images,
+        dropped_samples=data.index.summary.dropped_samples,
         counts=counts,
         clock=clock,
         loaders=loaders,
@@ -185,7 +196,7 @@ def _pretrain(checked: run.Checked, args, index, config, plan: str, words: list[
     if args.save and args.rank == args.world_size - 1:
         session.metrics = MetricsFile(args.save, (args.ckpt_step or 0) if checked.start.resumes else 0)
     if checked.settings.log_images and args.tensorboard_dir:
-        session.pictures = _sample_pictures(checked, args, index, config)
+        session.pictures = _sample_pictures(checked, args, data)
     session.consumed_tokens.update(checked.start.consumed_tokens)
     engine_hooks.install(session)
 
@@ -197,7 +208,9 @@ def _pretrain(checked: run.Checked, args, index, config, plan: str, words: list[
 
     pretrain(
         pretrain_cfg_container_from_args(args),
-        make_dataset_provider(index, config, checked.vision, plan, loaders, on_ready=on_ready),
+        make_dataset_provider(
+            data.index, data.rows, data.config, checked.vision, data.plan_hash, loaders, on_ready=on_ready
+        ),
         ModelType.encoder_or_decoder,
         make_forward_step(device.device(), checked.settings.loss_reduction, counts.add),
         make_model_provider(checked),

@@ -102,8 +102,11 @@ def _log_hook(original: Callable, session: Session) -> Callable:
             "loss": loss,
             "lr": totals["lr"],
             "grad_norm": float(grad_norm) if grad_norm is not None else None,
+            "samples": int(totals["samples"]),
             "supervised_tokens": int(totals["supervised_tokens"]),
             "tokens": int(totals["tokens"]),
+            # Positions that were computed, padding among them.
+            "positions": int(totals["positions"]),
             "images": int(totals["images"]),
             "substituted_images": int(totals["substituted_images"]),
             "dropped_samples": session.dropped_samples,
@@ -114,7 +117,7 @@ def _log_hook(original: Callable, session: Session) -> Callable:
             session.metrics.write(entry)
         writer = get_tensorboard_writer()
         if writer is not None and iteration % engine.tensorboard_log_interval == 0:
-            for name in ("tokens", "supervised_tokens", "images"):
+            for name in ("samples", "tokens", "supervised_tokens", "images"):
                 writer.add_scalar(f"throughput/{name} per second", entry[name] / seconds, iteration)
             writer.add_scalar("throughput/data wait seconds", entry["data_wait_seconds"], iteration)
         if on_terminal:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dc_megatron.config import CONNECTOR_TYPES, IMAGE_ASPECT_RATIOS, PROJECTOR_TYPES, TEMPLATES
+from dc_megatron.config import CONNECTOR_TYPES, IMAGE_ASPECT_RATIOS, PACKINGS, PROJECTOR_TYPES, TEMPLATES
 
 AVAILABLE = "available"
 NOT_YET = "not available yet"
@@ -36,13 +36,15 @@ class Flag:
 
     name: str
     type: type
-    default: str | int | float | bool | None
+    default: str | int | float | bool | tuple | None
     help: str
     group: str
     engine: str | None = None
     handed_on: bool = False
     choices: tuple[str, ...] | None = None
     refused: dict[str, str] = field(default_factory=dict)
+    # One or more words; the value is a tuple of them.
+    many: bool = False
     status: str = AVAILABLE
     # The values that are accepted without a word for a flag that is not available: they ask for what happens anyway.
     neutral: tuple[str, ...] = ()
@@ -85,8 +87,22 @@ _MODEL = (
 )
 
 _DATA = (
-    Flag("data_path", str, "", "LLaVA-format JSON or JSONL file; never given to Megatron's --data-path", DATA),
-    Flag("image_folder", str, "", "folder that the pictures' paths start from", DATA),
+    Flag(
+        "data_path",
+        str,
+        (),
+        "LLaVA-format JSON or JSONL files, each with :WEIGHT if not 1, or one YAML file; not Megatron's --data-path",
+        DATA,
+        many=True,
+    ),
+    Flag(
+        "image_folder",
+        str,
+        (),
+        "where the pictures' names start: a folder, tar shards or an address; one for all files or one for each",
+        DATA,
+        many=True,
+    ),
     Flag("version", str, "", "conversation template", DATA, choices=TEMPLATES),
     Flag(
         "image_aspect_ratio",
@@ -98,16 +114,30 @@ _DATA = (
         refused={"anyres": f"not available yet; use {' or '.join(IMAGE_ASPECT_RATIOS)}"},
     ),
     Flag("model_max_length", int, 2048, "longest sample in tokens, pictures included; longer ones are cut", DATA),
-    Flag("seq-length", int, None, "length of a row (default: model_max_length)", DATA, engine="--seq-length"),
+    Flag(
+        "seq-length",
+        int,
+        None,
+        "length of a packed row (default: 4096, or model_max_length if longer); unpacked rows are never longer",
+        DATA,
+        engine="--seq-length",
+    ),
     Flag(
         "packing",
         str,
-        "none",
-        "how samples are put into rows",
+        "best-fit",
+        "samples side by side in rows of one length, or one a row, padded to the longest of the micro-batch",
         DATA,
-        choices=("best-fit", "none"),
-        refused={"best-fit": "not available yet; use none"},
+        choices=PACKINGS,
     ),
+    Flag(
+        "group_by_modality_length",
+        bool,
+        False,
+        "LLaVA's order for unpacked rows: batches of one modality and alike lengths; implies --packing none",
+        DATA,
+    ),
+    Flag("video-frames", int, 8, "frames taken from a video, evenly spread", DATA),
     Flag("data-order", str, "shuffled", "order of the samples of an epoch", DATA, choices=("shuffled", "sequential")),
     Flag("image-backend", str, "auto", "what decodes pictures", DATA, choices=("auto", "dali", "pil")),
     Flag("max-bad-sample-rate", float, 0.001, "stop when more than this share of the records is faulty", DATA),
@@ -130,7 +160,13 @@ _TRAINING = (
     Flag("freeze_backbone", bool, False, "True is --trainable connector", TRAINING),
     Flag("num_train_epochs", float, 1.0, "passes over the data", TRAINING),
     Flag("max_steps", int, None, "optimizer steps; takes precedence over epochs", TRAINING, engine="--train-iters"),
-    Flag("per_device_train_batch_size", int, 8, "samples per device and accumulation step", TRAINING),
+    Flag(
+        "per_device_train_batch_size",
+        int,
+        8,
+        "samples per device and accumulation step; with packing only the product counts: samples a step on average",
+        TRAINING,
+    ),
     Flag("gradient_accumulation_steps", int, 1, "accumulation steps", TRAINING),
     Flag("global-batch-size", int, None, "rows of one optimizer step", TRAINING, engine="--global-batch-size"),
     Flag("micro-batch-size", int, None, "rows of one forward pass", TRAINING, engine="--micro-batch-size"),
@@ -261,7 +297,6 @@ _OTHER = (
     _no_meaning("per_device_eval_batch_size", "there is no evaluation during training; use tools/score.py", int),
     _no_meaning("lazy_preprocess", "samples are always prepared as they are needed", bool),
     _no_meaning("tf32", "PyTorch's own setting holds for float32 products", bool),
-    _no_meaning("group_by_modality_length", "rows have one fixed length, so grouping saves nothing", bool),
     _no_meaning("save_total_limit", "every checkpoint is kept", int),
     _no_meaning("is_multimodal", "a sample with a picture is recognised by its image field", bool),
     _no_meaning("remove_unused_columns", "only the fields of the LLaVA format are read", bool),

@@ -6,7 +6,7 @@ import json
 import os
 import time
 
-COUNTS = ("supervised_tokens", "tokens", "images", "substituted_images")
+COUNTS = ("samples", "supervised_tokens", "tokens", "positions", "images", "substituted_images")
 
 
 class StepCounts:

@@ -32,6 +32,7 @@ def make_model_provider(checked: Checked) -> Callable:
             max_sequence_length=args.max_position_embeddings,
             transformer_engine=args.transformer_impl == "transformer_engine",
             seed=args.seed,
+            packed=settings.packing != "none",
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

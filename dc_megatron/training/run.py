@@ -1,4 +1,4 @@
-"""Everything a run knows before Megatron starts: checked settings, shapes, the data index and the engine's flags."""
+"""Everything a run knows before it opens its data: checked settings, shapes, sources and what it starts from."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass
 
 from dc_megatron.config import (
     ConnectorConfig,
-    DataConfig,
+    DataSource,
+    ImageTiling,
     LanguageConfig,
     VisionConfig,
     check_parallel_layout,
-    image_tokens,
+    image_tiling,
     layer_table,
 )
+from dc_megatron.data.sources import read_sources
 from dc_megatron.errors import UserError
 from dc_megatron.training.arguments import plan_steps
 from dc_megatron.training.argv import REQUIRED_FOR_TRAINING, Translation, translate
@@ -30,6 +32,8 @@ class Checked:
     language: LanguageConfig
     vision: VisionConfig
     connector: ConnectorConfig
+    tiling: ImageTiling
+    sources: tuple[DataSource, ...]
     start: Start
 
     @property
@@ -66,40 +70,29 @@ def check(argv: list[str], world_size: int) -> Checked:
         settings.pipeline_model_parallel_size,
         settings.uneven_pipeline,
     )
-    # One sample stands for the data set, whose size is not known yet: batch sizes do not depend on it.
-    global_batch_size = plan_steps(settings, 1, world_size).global_batch_size
-    for flag, path in (
-        ("--data_path", settings.data_path),
-        ("--pretrain_mm_mlp_adapter", settings.pretrain_mm_mlp_adapter),
-    ):
-        if path and not os.path.exists(path):
-            raise UserError(f"{flag} {path}: no such file")
-    if settings.image_folder and not os.path.isdir(settings.image_folder):
-        raise UserError(f"--image_folder {settings.image_folder}: no such folder")
+    # One row stands for the data set, whose size is not known yet: unpacked batches do not depend on it.
+    plan = plan_steps(settings, 1, world_size)
+    sources = _sources(settings)
+    projector = settings.pretrain_mm_mlp_adapter
+    if projector and not os.path.exists(projector):
+        raise UserError(f"--pretrain_mm_mlp_adapter {projector}: no such file")
     start = choose_start(translation)
-    refuse_another_batch(start, global_batch_size)
-    refuse_another_model(start, language, vision, connector, bool(settings.pretrain_mm_mlp_adapter))
-    return Checked(translation, language, vision, connector, start)
+    if settings.packing == "none":
+        refuse_another_batch(start, plan.global_batch_size)
+    refuse_another_model(start, language, vision, connector, bool(projector))
+    return Checked(translation, language, vision, connector, image_tiling(vision, connector), sources, start)
 
 
-def data_config(checked: Checked, world_size: int) -> DataConfig:
-    """The data room's settings; rows are as long as the engine's sequences."""
-    settings = checked.settings
-    return DataConfig(
-        data_path=settings.data_path,
-        image_folder=settings.image_folder,
-        tokenizer_path=settings.model_name_or_path,
-        version=settings.version,
-        image_aspect_ratio=settings.image_aspect_ratio,
-        model_max_length=settings.model_max_length,
-        seq_length=plan_steps(settings, 1, world_size).seq_length,
-        tokens_per_image=image_tokens(checked.vision, checked.connector),
-        order=settings.data_order,
-        seed=settings.seed,
-        image_backend=settings.image_backend,
-        max_bad_sample_rate=settings.max_bad_sample_rate,
-        vocab_size=checked.language.vocab_size,
-    )
+def _sources(settings: RunSettings) -> tuple[DataSource, ...]:
+    """The data sources, whose files and folders are there (tar shards and addresses are opened with the data)."""
+    sources = read_sources(settings.data_path, settings.image_folder)
+    for source in sources:
+        if not os.path.isfile(source.data_path):
+            raise UserError(f"--data_path {source.data_path}: no such file")
+        location = source.image_folder
+        if location and not location.endswith(".tar") and "://" not in location and not os.path.isdir(location):
+            raise UserError(f"--image_folder {location}: no such folder")
+    return sources
 
 
 def index_folder(settings: RunSettings) -> str:
@@ -109,26 +102,9 @@ def index_folder(settings: RunSettings) -> str:
     if settings.output_dir:
         return os.path.join(settings.output_dir, "index")
     cache = os.environ.get("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
-    name = hashlib.sha256(os.path.abspath(settings.data_path).encode()).hexdigest()[:16]
+    names = " ".join(os.path.abspath(path) for path in settings.data_path)
+    name = hashlib.sha256(names.encode()).hexdigest()[:16]
     return os.path.join(cache, "dc_megatron", "index", name)
-
-
-def plan_hash(index_key: str, kept_hash: str, config: DataConfig) -> str:
-    """What the order of samples depends on, shortened: a resumed run must have the same.
-
-    kept_hash: the index summary's. A picture that came or went moves all samples behind it, under the same key.
-    """
-    text = f"{index_key} {kept_hash} {config.seed} {config.order} {config.seq_length}"
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def refuse_changed_plan(start: Start, current: str, settings: RunSettings) -> None:
-    if start.resumes and start.plan_hash not in (None, current):
-        raise UserError(
-            f"--data_path {settings.data_path}: data, pictures found, tokenizer, template, seed or lengths (or how this"
-            " program reads them) are not those the checkpoint was trained with, so its position in the data means"
-            " nothing here; use the same, or take only its weights: --load DIR --finetune with another --output_dir"
-        )
 
 
 def resolved(checked: Checked, engine_words: list[str]) -> dict:
@@ -139,4 +115,6 @@ def resolved(checked: Checked, engine_words: list[str]) -> dict:
         "language": asdict(checked.language),
         "vision": asdict(checked.vision),
         "connector": asdict(checked.connector),
+        "tiling": asdict(checked.tiling),
+        "sources": [asdict(source) for source in checked.sources],
     }

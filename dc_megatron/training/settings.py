@@ -19,13 +19,16 @@ class RunSettings:
     mm_vision_select_layer: int
     mm_vision_select_feature: str
     pretrain_mm_mlp_adapter: str
-    data_path: str
-    image_folder: str
+    # Words of the two flags, as data/sources.py reads them.
+    data_path: tuple[str, ...]
+    image_folder: tuple[str, ...]
     version: str
     image_aspect_ratio: str
     model_max_length: int
     seq_length: int | None
     packing: str
+    group_by_modality_length: bool
+    video_frames: int
     data_order: str
     image_backend: str
     max_bad_sample_rate: float
