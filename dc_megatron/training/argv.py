@@ -236,7 +236,9 @@ def _settle_packing(reading: _Reading, values: dict) -> None:
                 "--group_by_modality_length True contradicts --packing best-fit, whose rows are all full; give one"
             )
         values["packing"] = "none"
-        reading.notes.append("--packing none: --group_by_modality_length orders rows of one sample each")
+        reading.notes.append(
+            "--packing none: --group_by_modality_length True orders rows of one sample each; packing is faster"
+        )
     if values["group_by_modality_length"] and values["data_order"] == "sequential":
         raise UserError("--group_by_modality_length True contradicts --data-order sequential; give one")
     micro = values["micro_batch_size"]

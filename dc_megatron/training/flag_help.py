@@ -32,7 +32,7 @@ def _entry(flag: Flag) -> str:
     else:
         kind = "{" + ",".join(flag.choices) + "}" if flag.choices else {bool: "[True|False]"}.get(flag.type, "")
         name += f" {kind}" if kind else ""
-        text = flag.help if flag.default in (None, "") else f"{flag.help} (default: {flag.default})"
+        text = flag.help if flag.default in (None, "", ()) else f"{flag.help} (default: {flag.default})"
         if flag.refused:
             text += f"; not available yet: {', '.join(flag.refused)}"
     return "\n".join(["  " + name, textwrap.fill(text, 108, initial_indent=" " * 6, subsequent_indent=" " * 6)])

@@ -47,7 +47,7 @@ def _values(flag: Flag) -> str:
 
 
 def _default(flag: Flag) -> str:
-    return "" if flag.default in (None, "") else f"`{flag.default}`"
+    return "" if flag.default in (None, "", ()) else f"`{flag.default}`"
 
 
 def _note(flag: Flag) -> str:

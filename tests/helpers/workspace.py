@@ -43,7 +43,8 @@ def make_workspace(root, records: int = 24, vocab: int = 1003) -> dict[str, str]
 
 
 def training_flags(workspace: dict[str, str], output, **more) -> list[str]:
-    """Flags of a short run on ``workspace``; ``more`` overrides or adds (underscored names, True for a switch)."""
+    """Flags of a short run on ``workspace``, unpacked; ``more`` overrides or adds (underscored names, True for a switch,
+    None to leave one out, a list for several words)."""
     flags = {
         "model_name_or_path": workspace["llama"],
         "vision_tower": workspace["clip"],
@@ -55,6 +56,7 @@ def training_flags(workspace: dict[str, str], output, **more) -> list[str]:
         "model_max_length": 128,
         "global_batch_size": 4,
         "micro_batch_size": 2,
+        "packing": "none",
         "learning_rate": 1e-3,
         "max_steps": 4,
         "output_dir": str(output),
@@ -64,5 +66,6 @@ def training_flags(workspace: dict[str, str], output, **more) -> list[str]:
     }
     words = []
     for name, value in flags.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        words += [] if value is None else [f"--{name}", *map(str, values)]
     return words

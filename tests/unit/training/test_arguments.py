@@ -14,13 +14,14 @@ from dc_megatron.training.argv import translate
 from tests.helpers.language_shapes import LLAMA
 
 
-def plan(line: str, samples: int | None = 1000, world: int = 1):
-    return plan_steps(translate(shlex.split(line)).settings, samples, world)
+def plan(line: str, rows: int | None = 1000, world: int = 1, mean_length: float | None = None):
+    packing = "" if "--packing" in line else "--packing none "
+    return plan_steps(translate(shlex.split(packing + line)).settings, rows, world, mean_length)
 
 
-def shape(line: str = "", language: LanguageConfig = LLAMA) -> list[str]:
+def shape(line: str = "", language: LanguageConfig = LLAMA, seq_length: int = 64) -> list[str]:
     translation = translate(shlex.split(line))
-    return megatron_shape_argv(language, translation.settings, translation.megatron_argv)
+    return megatron_shape_argv(language, translation.settings, seq_length, translation.megatron_argv)
 
 
 def options(words: list[str]) -> dict[str, str | None]:
@@ -70,23 +71,49 @@ def test_sizes_that_do_not_fit_are_refused_with_the_numbers(line, world, words):
 
 
 @pytest.mark.parametrize(
-    ("line", "samples", "steps"),
+    ("line", "rows", "steps"),
     [
         ("--per_device_train_batch_size 10", 1000, 100),
         ("--per_device_train_batch_size 10", 1001, 101),
-        ("--per_device_train_batch_size 10 --num_train_epochs 2.5", 1000, 250),
         ("--per_device_train_batch_size 10 --max_steps 7 --num_train_epochs 3", 1000, 7),
-        ("--per_device_train_batch_size 10 --max_steps -1 --num_train_epochs 3", 1000, 300),
+        ("--per_device_train_batch_size 10 --max_steps -1 --num_train_epochs 3", 3000, 300),
         ("--train-iters 9", None, 9),
     ],
 )
-def test_steps(line, samples, steps):
-    assert plan(line, samples).train_iters == steps
+def test_steps(line, rows, steps):
+    assert plan(line, rows).train_iters == steps
+
+
+def test_packed_batches_hold_as_many_samples_on_average():
+    line = "--packing best-fit --per_device_train_batch_size 16"
+    got = plan(line, world=8, mean_length=780)
+    # 128 samples of 780 positions fill 24.4 rows of 4096.
+    assert (got.seq_length, got.global_batch_size, got.micro_batch_size, got.accumulation_steps) == (4096, 24, 1, 3)
+    assert any("128 samples of 780" in note for note in got.notes)
+    # A multiple of the data-parallel ranks, and never less than one row each.
+    assert plan(line, world=8, mean_length=10).global_batch_size == 8
+    layout = "--tensor-model-parallel-size 2"
+    assert plan(f"{line} {layout}", world=8, mean_length=780).global_batch_size == 24
+    assert plan(f"{line} --seq-length 8192 {layout}", world=8, mean_length=780).global_batch_size == 12
+
+
+def test_packed_rows_given_in_rows():
+    got = plan("--packing best-fit --global-batch-size 24 --per_device_train_batch_size 4", world=4, mean_length=100)
+    assert (got.global_batch_size, got.accumulation_steps) == (24, 6)
+    assert any("counts, not the 16 samples" in note for note in got.notes)
+    with pytest.raises(UserError, match=r"--global-batch-size 6 \(rows\): not divisible by 4 .* use 8"):
+        plan("--packing best-fit --global-batch-size 6", world=4)
+
+
+def test_length_of_packed_rows():
+    assert plan("--packing best-fit").seq_length == 4096
+    assert plan("--packing best-fit --model_max_length 5000").seq_length == 5000
+    assert plan("--packing best-fit --seq-length 512 --model_max_length 256").seq_length == 512
 
 
 def test_no_samples_is_refused():
     with pytest.raises(UserError, match=r"--data_path d.json: there are no samples"):
-        plan("--data_path d.json", samples=0)
+        plan("--data_path d.json", rows=0)
 
 
 @pytest.mark.parametrize(
@@ -121,16 +148,19 @@ def test_row_length():
 
 def test_finish_hands_over_the_plan():
     line = "--max_steps 10 --lr_scheduler_type constant_with_warmup --output_dir o --save_strategy no --load l"
-    got = options(finish(translate(shlex.split(line)).settings, None, 1))
+    settings = translate(shlex.split(line)).settings
+    got = options(finish(settings, plan_steps(settings, None, 1)))
     assert got["--train-iters"] == got["--lr-decay-iters"] == got["--save-interval"] == "10"
     assert (got["--lr-decay-style"], got["--save"]) == ("constant", "o")
     assert "--exit-on-missing-checkpoint" in got
-    assert "--save" not in options(finish(translate(["--max_steps", "1"]).settings, None, 1))
+    settings = translate(["--max_steps", "1"]).settings
+    assert "--save" not in options(finish(settings, plan_steps(settings, None, 1)))
 
 
 def test_what_was_typed_comes_last():
     translation = translate(["--max_steps", "1", "--lr-decay-iters", "77"])
-    words = engine_argv(translation, LLAMA, None, 1, backend_argv(False, False, False))
+    steps = plan_steps(translation.settings, None, 1)
+    words = engine_argv(translation, LLAMA, steps, backend_argv(False, False, False))
     assert words[len(words) - 1 - words[::-1].index("--lr-decay-iters") + 1] == "77"
 
 
@@ -147,10 +177,9 @@ def test_shape_comes_from_the_config():
     )
 
 
-def test_positions_reach_the_row_even_when_rounded_up():
-    line = "--model_max_length 255 --tensor-model-parallel-size 2 --sequence-parallel"
-    assert int(options(shape(line))["--max-position-embeddings"]) >= plan(line, world=2).seq_length
-    assert options(shape("--model_max_length 64"))["--max-position-embeddings"] == "128"
+def test_positions_reach_the_end_of_a_row():
+    assert options(shape(seq_length=4096))["--max-position-embeddings"] == "4096"
+    assert options(shape(seq_length=64))["--max-position-embeddings"] == "128"
 
 
 @pytest.mark.parametrize("line", ["--num-layers 4", "--norm-epsilon 0.000001", "--swiglu", "--num-query-groups 2"])

@@ -49,7 +49,10 @@ def test_the_originals_launch_line_is_understood():
     assert got.trainable == ("connector", "llm")
     assert value_of(result.megatron_argv, "--recompute-granularity") == "full"
     assert "--data-path" not in result.megatron_argv
-    for ignored in ("deepspeed", "group_by_modality_length", "save_total_limit", "tf32", "lazy_preprocess"):
+    # Its batches of one modality and alike lengths are the original's, so they are not packed.
+    assert (got.group_by_modality_length, got.packing) == (True, "none")
+    assert any(note.startswith("--packing none") for note in result.notes)
+    for ignored in ("deepspeed", "save_total_limit", "tf32", "lazy_preprocess"):
         assert any(note.startswith(f"--{ignored} ") for note in result.notes), ignored
 
 
@@ -74,7 +77,7 @@ def test_settings_are_primitives():
     "line", ["--data_path d --max_steps 7", "--data-path d --max-steps=7", "--data_path=d --train-iters 7"]
 )
 def test_names_in_both_cases_with_and_without_equals(line):
-    assert (settings(line).data_path, settings(line).max_steps) == ("d", 7)
+    assert (settings(line).data_path, settings(line).max_steps) == (("d",), 7)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,11 @@ def test_a_shorter_row_shortens_the_samples_with_a_note():
         ("stray --seed 1", "stray a value without a flag"),
         ("--seed 1 2", "2 a value without a flag after 1"),
         ("--overlap-grad-reduce=7", "--overlap-grad-reduce takes no value"),
-        ("--packing best-fit", "--packing best-fit not available yet use none"),
+        ("--packing best", "--packing best unknown did you mean best-fit"),
+        ("--packing best-fit --group_by_modality_length True", "--group_by_modality_length contradicts --packing"),
+        ("--group_by_modality_length True --data-order sequential", "contradicts --data-order sequential"),
+        ("--micro-batch-size 4", "--micro-batch-size 4 a micro-batch is one row --seq-length --packing none"),
+        ("--video-frames 0", "--video-frames 0 must be above 0"),
         ("--image_aspect_ratio anyres", "anyres not available yet"),
         ("--report_to wandb", "wandb not available yet"),
         ("--save_strategy epoch", "epoch not available yet"),

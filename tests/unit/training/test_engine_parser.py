@@ -18,7 +18,7 @@ from tests.helpers.language_shapes import LLAMA
 LINE = """
 --output_dir o --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_ratio 0.03 --tensor-model-parallel-size 2
 --sequence-parallel --model_max_length 255 --per_device_train_batch_size 2 --bf16 True --weight_decay 0.1
---gradient_checkpointing True --num_train_epochs 2 --use_distributed_optimizer --num-layers 4 --save_steps 7
+--gradient_checkpointing True --packing none --num_train_epochs 2 --use_distributed_optimizer --num-layers 4 --save_steps 7
 """
 
 
@@ -33,7 +33,9 @@ def engine_args(monkeypatch):
     from megatron.training import arguments
 
     def parse(line: str):
-        words = engine_argv(translate(shlex.split(line)), LLAMA, 1000, 2, backend_argv(False, False, False))
+        translation = translate(shlex.split(line))
+        steps = plan_steps(translation.settings, 2000, 2)
+        words = engine_argv(translation, LLAMA, steps, backend_argv(False, False, False))
         monkeypatch.setattr(sys, "argv", ["pretrain", *words])
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", "1")  # rank 0 would print all arguments

@@ -16,7 +16,8 @@ from dc_megatron.training.settings import RunSettings
 AVAILABLE_NAMES = shlex.split("""
 model_name_or_path vision_tower mm_dense_connector_type mm_projector_type mm_vision_select_layer
 mm_vision_select_feature pretrain_mm_mlp_adapter data_path image_folder version image_aspect_ratio model_max_length
-seq_length packing data_order image_backend max_bad_sample_rate index_folder dataloader_num_workers seed trainable
+seq_length packing group_by_modality_length video_frames data_order image_backend max_bad_sample_rate index_folder
+dataloader_num_workers seed trainable
 tune_mm_mlp_adapter freeze_backbone num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
 global_batch_size micro_batch_size loss_reduction gradient_checkpointing bf16 fp16 learning_rate min_lr
 lr_scheduler_type warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm output_dir
@@ -24,7 +25,7 @@ load verify_checkpoint save_steps save_strategy logging_steps report_to logging_
 tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel
 """)
 EXPLAINED_NAMES = shlex.split("""
-deepspeed evaluation_strategy eval_strategy per_device_eval_batch_size lazy_preprocess tf32 group_by_modality_length
+deepspeed evaluation_strategy eval_strategy per_device_eval_batch_size lazy_preprocess tf32
 save_total_limit is_multimodal remove_unused_columns cache_dir run_name attn_implementation local_rank
 overwrite_output_dir double_quant quant_type
 """)
@@ -113,6 +114,6 @@ def test_help_names_every_flag_and_both_names_of_a_shared_one():
     for flag in FLAGS:
         assert f"--{flag.name}" in page
     assert "--output_dir, --save" in page
-    assert "not available yet: best-fit" in page
+    assert "not available yet: cls_patch" in page
     assert "--help-megatron" in page
     assert max(map(len, page.splitlines())) <= 120

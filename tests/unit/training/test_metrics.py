@@ -55,14 +55,10 @@ def test_a_run_that_starts_anew_empties_the_file(run):
 
 def test_counts_are_summed_and_taken_once():
     counts = StepCounts()
-    counts.add({"supervised_tokens": 3, "tokens": 10, "images": 1, "substituted_images": 0, "samples": 2})
-    counts.add({"supervised_tokens": 4, "tokens": 20, "images": 2, "substituted_images": 1, "samples": 2, "other": 9})
-    assert counts.take() == {
-        "supervised_tokens": 7,
-        "tokens": 30,
-        "images": 3,
-        "substituted_images": 1,
-    }
+    zeros = dict.fromkeys(COUNTS, 0)
+    counts.add({**zeros, "supervised_tokens": 3, "tokens": 10, "images": 1})
+    counts.add({**zeros, "supervised_tokens": 4, "tokens": 20, "images": 2, "substituted_images": 1, "other": 9})
+    assert counts.take() == {**zeros, "supervised_tokens": 7, "tokens": 30, "images": 3, "substituted_images": 1}
     assert counts.take() == dict.fromkeys(COUNTS, 0)
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from dc_megatron.errors import UserError
-from dc_megatron.training import run
+from dc_megatron.training import data_plan, run
 from dc_megatron.training.resume import Start
 from tests.helpers.workspace import make_workspace, training_flags
 
@@ -105,8 +105,8 @@ def test_a_context_parallel_size_of_one_is_no_contradiction(check):
 
 def test_the_data_config_follows_model_and_flags(check, workspace):
     checked = check(mm_dense_connector_type="sti", seed=7)
-    config = run.data_config(checked, 1)
-    assert (config.tokens_per_image, config.seq_length, config.model_max_length) == (16 + 2 * 2, 128, 128)
+    config = data_plan.data_config(checked)
+    assert (config.tiling.tile_tokens, config.seq_length, config.model_max_length) == (16 + 2 * 2, 128, 128)
     assert config.vocab_size == checked.language.vocab_size == 1003
     assert (config.tokenizer_path, config.image_aspect_ratio, config.seed) == (workspace["llama"], "pad", 7)
 
@@ -118,31 +118,22 @@ def test_where_the_index_lies(check, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     nowhere = run.index_folder(replace(settings, output_dir=""))
     assert nowhere.startswith(str(tmp_path / "cache"))
-    assert run.index_folder(replace(settings, output_dir="", data_path="other.json")) != nowhere
+    assert run.index_folder(replace(settings, output_dir="", data_path=("other.json",))) != nowhere
 
 
-def test_the_plan_hash_follows_what_orders_the_samples(check):
-    config = run.data_config(check(), 1)
-    first = run.plan_hash("key", "kept", config)
-    assert run.plan_hash("key", "kept", replace(config, image_folder="elsewhere")) == first
-    others = [
-        run.plan_hash("other key", "kept", config),
-        run.plan_hash("key", "others kept", config),
-        run.plan_hash("key", "kept", replace(config, seed=config.seed + 1)),
-        run.plan_hash("key", "kept", replace(config, order="sequential")),
-        run.plan_hash("key", "kept", replace(config, seq_length=config.seq_length * 2)),
-    ]
-    assert len({first, *others}) == 6
+def test_the_plan_hash_follows_index_and_rows():
+    first = data_plan.plan_hash("key", "rows")
+    assert len({first, data_plan.plan_hash("other key", "rows"), data_plan.plan_hash("key", "other rows")}) == 3
 
 
 def test_a_changed_plan_is_refused_only_where_the_position_counts(check):
     settings = check().settings
     resuming = Start([], [], loads=True, resumes=True, plan_hash="old")
     with pytest.raises(UserError, match=r"pictures found.*not those the checkpoint.*--load DIR --finetune"):
-        run.refuse_changed_plan(resuming, "new", settings)
-    run.refuse_changed_plan(resuming, "old", settings)
-    run.refuse_changed_plan(replace(resuming, plan_hash=None), "new", settings)  # saved without a hash
-    run.refuse_changed_plan(replace(resuming, resumes=False), "new", settings)
+        data_plan.refuse_changed_plan(resuming, "new", settings)
+    data_plan.refuse_changed_plan(resuming, "old", settings)
+    data_plan.refuse_changed_plan(replace(resuming, plan_hash=None), "new", settings)  # saved without a hash
+    data_plan.refuse_changed_plan(replace(resuming, resumes=False), "new", settings)
 
 
 def test_the_resolved_config_is_plain_json(check):
