@@ -43,8 +43,10 @@ def make_workspace(root, records: int = 24, vocab: int = 1003) -> dict[str, str]
 
 
 def training_flags(workspace: dict[str, str], output, **more) -> list[str]:
-    """Flags of a short run on ``workspace``, unpacked; ``more`` overrides or adds (underscored names, True for a switch,
-    None to leave one out, a list for several words)."""
+    """Flags of a short run on ``workspace``, unpacked.
+
+    ``more`` overrides or adds: underscored names, True for a switch, None to leave one out, a list for several words.
+    """
     flags = {
         "model_name_or_path": workspace["llama"],
         "vision_tower": workspace["clip"],

@@ -18,7 +18,8 @@ from tests.helpers.language_shapes import LLAMA
 LINE = """
 --output_dir o --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_ratio 0.03 --tensor-model-parallel-size 2
 --sequence-parallel --model_max_length 255 --per_device_train_batch_size 2 --bf16 True --weight_decay 0.1
---gradient_checkpointing True --packing none --num_train_epochs 2 --use_distributed_optimizer --num-layers 4 --save_steps 7
+--gradient_checkpointing True --packing none --num_train_epochs 2 --use_distributed_optimizer --num-layers 4
+--save_steps 7
 """
 
 
