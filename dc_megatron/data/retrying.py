@@ -31,7 +31,7 @@ class Retrying:
     sleep: Callable[[float], None] = time.sleep
 
     def call(self, what: str, function: Callable[[], Result]) -> Result:
-        """``function()``. FINAL errors pass at once; after the last try an OSError that names ``what`` and the cause."""
+        """``function()``. FINAL errors pass at once; the last try ends in an OSError with ``what`` and the cause."""
         for attempt in range(1, self.tries + 1):
             try:
                 return _within(self.limit, function)
@@ -48,7 +48,7 @@ class Retrying:
         raise OSError(f"{what}: failed {self.tries} times, at last with {_told(cause)}") from cause
 
 
-def _within(seconds: float, function: Callable[[], Result]) -> Result:
+def _within[Result](seconds: float, function: Callable[[], Result]) -> Result:
     """``function()``, or TimeoutError after ``seconds``.
 
     Clients differ in the time limits they know, so the call runs in a thread that is left to itself when it is late.

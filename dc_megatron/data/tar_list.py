@@ -1,6 +1,6 @@
-"""The list of all members of tar shards, sorted by name: made once by a scan, kept as an Arrow file, mapped into memory.
+"""The list of all members of tar shards, sorted by name: made by one scan, kept as an Arrow file, mapped into memory.
 
-A few ten bytes a member, so that a million and a half of them cost no process much.
+Some tens of bytes a member, so that a million and a half of them cost no process much.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class RemoteShards(RemoteFiles):
 
 
 class TarStore(ImageStore):
-    """Members of uncompressed tars by their names, or by ``shard/name``, ``shard`` without folder, with or without .tar.
+    """Members of uncompressed tars by name, or by ``shard/name``: the shard without folder, with or without .tar.
 
     A plain name means the first shard that has it. ``cache``, ``retrying``: see ``open_store``.
     """

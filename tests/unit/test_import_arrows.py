@@ -28,6 +28,7 @@ HEAVY = (
     "matplotlib",
     "tensorboard",
     "nvidia.dali",
+    "av",
     "transformer_engine",
     "flash_attn",
     "apex",
@@ -35,6 +36,8 @@ HEAVY = (
     "skimage",
 )
 EVERYTHING = frozenset(HEAVY)
+# Packages that one file of the data room keeps to itself, and what messages call them.
+ONE_FILE = {"nvidia.dali": ("image_dali.py", "DALI"), "av": ("video.py", "av")}
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def room(rooms: str = "", heavy: str = "", in_functions: str = "") -> Room:
 
 
 BELOW_TRAINING = "config planner runtime weights model data reference inference"
-NO_ENGINE = " ".join(EVERYTHING - {"megatron.training"})
+NO_ENGINE = " ".join(EVERYTHING - {"megatron.training", "av"})
 # errors may be imported by all. "root" is what lies beside the rooms: the package itself and pretrain.py.
 ROOMS = {
     "errors": room(),
@@ -60,7 +63,7 @@ ROOMS = {
     "runtime": room("", "torch", "megatron.core megatron.training"),
     "weights": room("config", "torch safetensors"),
     "model": room("config runtime", "torch megatron.core transformers flash_attn"),
-    "data": room("config", "torch transformers tokenizers sentencepiece datasets PIL nvidia.dali"),
+    "data": room("config", "torch transformers tokenizers sentencepiece datasets PIL nvidia.dali", "av"),
     "reference": room("config data", "torch transformers"),
     "inference": room("config runtime model weights data", "torch transformers megatron.core"),
     "training": room(
@@ -119,8 +122,9 @@ def violations(source: str, own_room: str, package: list[str], file_name: str = 
             if target not in allowed.rooms:
                 found.append(f"line {line}: room {own_room} imports {name}")
         elif (heavy := heavy_package(name)) is not None:
-            if heavy == "nvidia.dali" and own_room == "data" and file_name != "image_dali.py":
-                found.append(f"line {line}: only image_dali.py imports DALI")
+            only_file, package_name = ONE_FILE.get(heavy, (file_name, ""))
+            if own_room == "data" and file_name != only_file:
+                found.append(f"line {line}: only {only_file} imports {package_name}")
             elif heavy not in allowed.heavy and not (in_function and heavy in allowed.in_functions):
                 found.append(f"line {line}: room {own_room} imports {name}")
     return found
@@ -151,6 +155,7 @@ def test_module_keeps_to_its_arrows(path):
         ("model", "def f():\n    from megatron.training import get_args"),
         ("model", "from ..weights import rules"),
         ("data", "from nvidia.dali import fn"),
+        ("data", "def f():\n    import av"),
         ("weights", "import importlib\nimportlib.import_module('dc_megatron.model')"),
     ],
 )
