@@ -26,8 +26,10 @@ DATA_FLAGS=(
   --image_folder "${IMAGE_FOLDER:-data/pretrain/images}"
   --image_aspect_ratio "${IMAGE_ASPECT_RATIO:-square}"
   --model_max_length "${MODEL_MAX_LENGTH:-2048}"
+  --packing "${PACKING:-best-fit}"
   --dataloader_num_workers "${WORKERS:-4}"
 )
+if [ -n "${SEQ_LENGTH:-}" ]; then DATA_FLAGS+=(--seq-length "$SEQ_LENGTH"); fi
 batch_flags "${GLOBAL_BATCH_SIZE:-256}" 32
 RECIPE_FLAGS=(
   --num_train_epochs "${EPOCHS:-1}"

@@ -88,15 +88,16 @@ make_inputs() {
   return "$status"
 }
 
-# train STAGE STEPS LENGTH FLAGS...: one training run in RUN/STAGE with rows of LENGTH positions, which hold the longest
-# sample. One micro-batch a step, because on the CPU every message between the processes costs the same.
+# train STAGE STEPS MEAN FLAGS...: one training run in RUN/STAGE. MEAN is about a sample's length: a row of BATCH x MEAN
+# positions holds about BATCH samples. One row a step, because on the CPU every message between the processes costs the
+# same.
 train() {
-  local stage="$1" steps="$2" length="$3"
+  local stage="$1" steps="$2" mean="$3"
   shift 3
   $python -m torch.distributed.run --standalone --nproc-per-node "$tensor_parallel" -m dc_megatron.pretrain \
     --model_name_or_path "$run/models/language_model" --vision_tower "$run/models/vision_tower" \
-    --mm_dense_connector_type dci --version v1 --image_folder "$run/data" --model_max_length "$length" \
-    --tensor-model-parallel-size "$tensor_parallel" --global-batch-size "$batch" --micro-batch-size "$batch" \
+    --mm_dense_connector_type dci --version v1 --image_folder "$run/data" --model_max_length 64 \
+    --tensor-model-parallel-size "$tensor_parallel" --packing best-fit --seq-length $((batch * mean > 64 ? batch * mean : 64)) --global-batch-size 1 \
     --max_steps "$steps" --save_steps "$steps" --lr_scheduler_type cosine --weight_decay 0 \
     --logging_steps 10 --dataloader_num_workers 1 --seed "$((seed + 1))" --output_dir "$run/$stage" "$@"
 }

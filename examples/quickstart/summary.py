@@ -70,6 +70,8 @@ def summarise_stage(name: str, metrics: list[dict], accuracy: float | None) -> d
         "first_loss": sum(losses[:window]) / window,
         "last_loss": sum(losses[-window:]) / window,
         "seconds": sum(entry["step_seconds"] for entry in metrics),
+        # Part of the rows' positions that samples filled; the rest was padding.
+        "fill": sum(entry["tokens"] for entry in metrics) / sum(entry["positions"] for entry in metrics),
         "accuracy": accuracy,
     }
 
@@ -116,11 +118,13 @@ def examples(answers: list[dict], held_out: list[dict], image_folder: str) -> li
 
 def first_screen(summary: dict, shown: list[dict], run: str) -> str:
     """What a newcomer reads at the end."""
-    lines = ["", f"{'stage':<38}{'loss':>16}{'seconds':>10}{'accuracy':>11}"]
+    lines = ["", f"{'stage':<38}{'loss':>16}{'row fill':>11}{'seconds':>10}{'accuracy':>11}"]
     for stage in summary["stages"]:
         title = f"{stage['name']}: {STAGES[stage['name']]}"
         losses = f"{stage['first_loss']:.2f} -> {stage['last_loss']:.2f}"
-        lines.append(f"{title:<38}{losses:>16}{stage['seconds']:>10.0f}{_percent(stage['accuracy']):>11}")
+        fill = f"{100 * stage['fill']:.1f} %"
+        accuracy = _percent(stage["accuracy"])
+        lines.append(f"{title:<38}{losses:>16}{fill:>11}{stage['seconds']:>10.0f}{accuracy:>11}")
     lines += [
         "",
         f"Held-out questions about pictures it has not seen: {_percent(summary['accuracy'])} right;"

@@ -16,7 +16,7 @@ from tests.end_to_end.launch import ROOT, TRAIN, Finished, Launch, last_iteratio
 from tests.helpers.workspace import training_flags
 
 METRICS = {"iteration", "loss", "lr", "grad_norm", "supervised_tokens", "tokens", "images", "substituted_images"}
-METRICS |= {"dropped_samples", "step_seconds", "data_wait_seconds"}
+METRICS |= {"samples", "positions", "dropped_samples", "step_seconds", "data_wait_seconds"}
 STEPS = 3
 
 
@@ -26,7 +26,7 @@ def launch_recipe(name: str, form: str, workspace, output: Path, *flags: str, st
     command = ["bash", path] if form == "bash" else [*torchrun(2), path]
     words = {"MODEL": workspace["llama"], "VISION_TOWER": workspace["clip"], "DATA": workspace["data"]}
     words |= {"IMAGE_FOLDER": workspace["images"], "OUTPUT": str(output), "GLOBAL_BATCH_SIZE": "4"}
-    words |= {"MODEL_MAX_LENGTH": "128", "WORKERS": "1", "GPUS_PER_NODE": "2", **more}
+    words |= {"MODEL_MAX_LENGTH": "128", "SEQ_LENGTH": "256", "WORKERS": "1", "GPUS_PER_NODE": "2", **more}
     return Launch([*command, "--max_steps", str(steps), *flags], output / "logs", output.parent, **words)
 
 

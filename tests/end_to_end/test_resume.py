@@ -18,7 +18,9 @@ from tests.helpers.workspace import training_flags
 STEPS, SAVE_STEPS, KILLED_AFTER = 16, 4, 5
 # What a step computed; the seconds it took are no part of that.
 TIMES = ("step_seconds", "data_wait_seconds")
-STAGE_2_TP2 = {"tensor-model-parallel-size": 2, "use-distributed-optimizer": True}
+# Two packed rows a step, so that an epoch ends every few steps.
+PACKED = {"packing": "best-fit", "seq_length": 256, "global_batch_size": 2, "micro_batch_size": None}
+STAGE_2_TP2 = {**PACKED, "tensor-model-parallel-size": 2, "use-distributed-optimizer": True}
 STAGE_2_DP2 = {"micro_batch_size": 1, "use-distributed-optimizer": True, "overlap-grad-reduce": True}
 # The second stage has nothing that learns.
 STAGE_1_PP2 = {"trainable": "connector", "pipeline-model-parallel-size": 2, "lr_scheduler_type": "constant"}
@@ -112,7 +114,7 @@ def test_a_checkpoint_of_two_tensor_ranks_goes_on_at_two_pipeline_stages(more, w
     output = tmp_path / "run"
     for name in ("hf", checkpoint_folder.iteration_folder("", SAVE_STEPS)):
         shutil.copytree(stage_2 / name, output / name)
-    more = {"pipeline-model-parallel-size": 2, "use-distributed-optimizer": True, **more}
+    more = {**PACKED, "pipeline-model-parallel-size": 2, "use-distributed-optimizer": True, **more}
     resumed = run(command(workspace, output, **more), output / "logs").assert_succeeded()
     assert f"resuming from iteration {SAVE_STEPS}" in resumed.output
     found, expected = metrics(output), metrics(stage_2)[SAVE_STEPS:]
@@ -124,7 +126,7 @@ def test_a_checkpoint_of_two_tensor_ranks_goes_on_at_two_pipeline_stages(more, w
 
 
 def test_a_run_does_not_go_on_in_another_order_of_the_data(workspace, stage_2, tmp_path):
-    words = training_flags(workspace, stage_2, max_steps=STEPS, seed=7)
+    words = training_flags(workspace, stage_2, **PACKED, max_steps=STEPS, seed=7)
     refused = run([sys.executable, *TRAIN, *words], tmp_path / "logs").assert_refused(
         "--data_path", "seed", "--finetune"
     )

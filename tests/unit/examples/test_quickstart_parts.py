@@ -22,7 +22,7 @@ import photographs  # noqa: E402
 import scenes  # noqa: E402
 import summary  # noqa: E402
 
-from dc_megatron.config import ConnectorConfig, DataConfig, LanguageConfig, VisionConfig, image_tokens  # noqa: E402
+from dc_megatron.config import ConnectorConfig, DataConfig, DataSource, LanguageConfig, VisionConfig, image_tiling  # noqa: E402
 from dc_megatron.data.index import sample_from_record  # noqa: E402
 from dc_megatron.data.tokenization import load_tokenizer  # noqa: E402
 from dc_megatron.errors import UserError  # noqa: E402
@@ -151,10 +151,10 @@ def test_random_models_are_the_same_for_the_same_seed(models, tmp_path):
 def test_every_record_fits_the_rows_of_the_quickstart(data, models):
     folder = str(models / "language_model")
     vision = VisionConfig.from_folder(str(models / "vision_tower"))
-    tokens = image_tokens(vision, ConnectorConfig("dci"))
+    tiling = image_tiling(vision, ConnectorConfig("dci"))
     tokenizer = load_tokenizer(folder, "v1")
     for name, row in ROWS.items():
-        config = DataConfig("", str(data), folder, "v1", "pad", row, row, tokens)
+        config = DataConfig((DataSource("", str(data)),), folder, "v1", "pad", row, row, tiling)
         for number, record in enumerate(read(data, name)):
             sample = sample_from_record(config, tokenizer, record, number)
             assert not sample.truncated
@@ -162,7 +162,8 @@ def test_every_record_fits_the_rows_of_the_quickstart(data, models):
 
 
 def metrics(losses: list[float]) -> list[dict]:
-    return [{"iteration": i + 1, "loss": loss, "step_seconds": 0.5} for i, loss in enumerate(losses)]
+    same = {"step_seconds": 0.5, "tokens": 98, "positions": 100}
+    return [{"iteration": i + 1, "loss": loss, **same} for i, loss in enumerate(losses)]
 
 
 def answer(name: str, expected: str, given: str) -> dict:
