@@ -6,6 +6,7 @@ holds is decided by its first bytes, never by its name. A picture that cannot be
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -42,6 +43,11 @@ class ImageRequest:
     picture: Picture
     tiles: range
 
+    @property
+    def key(self) -> tuple[int, str]:
+        """What stands for the file, or the video."""
+        return self.picture.source, self.picture.name
+
 
 def tile_requests(pictures: Sequence[Picture], stores: Sequence[ImageStore], share: range) -> list[ImageRequest]:
     """Requests for the tiles ``share``, counted over all tiles of ``pictures`` in their order.
@@ -60,16 +66,19 @@ def tile_requests(pictures: Sequence[Picture], stores: Sequence[ImageStore], sha
 class ImageLoader(ABC):
     """Decodes, resizes, cuts and normalises the pictures of a list of requests.
 
-    threads: how many decode at once. One thread may call ``load`` at a time.
+    threads: how many decode at once. group: how many pictures a thread takes at a time.
     """
 
     name: str
 
-    def __init__(self, vision: VisionConfig, aspect_ratio: str, tiling: ImageTiling, *, threads: int = 1):
+    def __init__(
+        self, vision: VisionConfig, aspect_ratio: str, tiling: ImageTiling, *, threads: int = 1, group: int = 1
+    ):
         self.vision = vision
         self.aspect_ratio = aspect_ratio
         self.tiling = tiling
-        self._blank = substitute(vision)
+        self.group = group
+        self._blank = torch.from_numpy(substitute(vision))
         self._warned: set[tuple[int, str]] = set()
         self._warning = threading.Lock()
         self._readers = ThreadPoolExecutor(READERS, "image-reader")
@@ -83,30 +92,26 @@ class ImageLoader(ABC):
         size = self.vision.image_size
         ends = np.cumsum([0, *(len(request.tiles) for request in requests)]).tolist()
         pixels = torch.empty(ends[-1], 3, size, size)
-        places = [pixels[ends[n] : ends[n + 1]] for n in range(len(requests))]
-        videos: dict[tuple[int, str], list[int]] = {}
-        images: dict[int, Future] = {}
-        for number, request in enumerate(requests):
-            if request.picture.frame < 0:
-                images[number] = self._readers.submit(self._read, request)
-            else:
-                videos.setdefault((id(request.store), request.picture.name), []).append(number)
-        frames = [
-            self._decoders.submit(self._load_video, [requests[n] for n in numbers], [places[n] for n in numbers])
-            for numbers in videos.values()
-        ]
-        failed = self._load_images(requests, images, places)
-        for numbers, future in zip(videos.values(), frames, strict=True):
-            failed += [numbers[n] for n in future.result()]
-        return pixels, sorted(failed)
+        places = [pixels[start:end] for start, end in itertools.pairwise(ends)]
+        # (numbers of requests, what fills their places and gives those of them that failed)
+        jobs: list[tuple[list[int], Future]] = []
+        for numbers in _same_video(requests):
+            mine = ([requests[n] for n in numbers], [places[n] for n in numbers])
+            jobs.append((numbers, self._decoders.submit(self._load_video, *mine)))
+        images = [number for number, request in enumerate(requests) if request.picture.frame < 0]
+        reading = {number: self._readers.submit(self._read, requests[number]) for number in images}
+        for numbers in (images[start : start + self.group] for start in range(0, len(images), self.group)):
+            mine = ([table[n] for n in numbers] for table in (requests, reading, places))
+            jobs.append((numbers, self._decoders.submit(self._load_images, *mine)))
+        return pixels, sorted(numbers[place] for numbers, job in jobs for place in job.result())
 
     @abstractmethod
     def _load_images(
-        self, requests: Sequence[ImageRequest], encoded: dict[int, Future], places: Sequence[torch.Tensor]
+        self, requests: Sequence[ImageRequest], reading: Sequence[Future], places: Sequence[torch.Tensor]
     ) -> list[int]:
-        """Fill ``places[n]`` for each number n of ``encoded``; returns the numbers that failed.
+        """Fill ``places``; returns the places in ``requests`` of those that failed. Called by a decoding thread.
 
-        encoded: the files' bytes, still being read (result None: unreadable, already warned about).
+        reading: the files' bytes, still on their way (None: unreadable, already warned about).
         """
 
     def _read(self, request: ImageRequest) -> bytes | None:
@@ -142,17 +147,16 @@ class ImageLoader(ABC):
             else:
                 place.copy_(torch.from_numpy(tiles))
                 return True
-        place.copy_(torch.from_numpy(self._blank))
+        place[:] = self._blank
         return False
 
     def _warn(self, request: ImageRequest, error: Exception) -> None:
         """One line, once a file."""
-        key = (request.picture.source, request.picture.name)
         with self._warning:
-            if key in self._warned:
+            if request.key in self._warned:
                 return
-            self._warned.add(key)
-        logger.warning("image %s cannot be decoded (%s); a blank picture takes its place", key[1], error)
+            self._warned.add(request.key)
+        logger.warning("image %s cannot be decoded (%s); a blank picture takes its place", request.key[1], error)
 
 
 class PilImageLoader(ImageLoader):
@@ -161,12 +165,19 @@ class PilImageLoader(ImageLoader):
     name = "pil"
 
     def _load_images(
-        self, requests: Sequence[ImageRequest], encoded: dict[int, Future], places: Sequence[torch.Tensor]
+        self, requests: Sequence[ImageRequest], reading: Sequence[Future], places: Sequence[torch.Tensor]
     ) -> list[int]:
-        def one(number: int) -> bool:
-            return self._fill(requests[number], encoded[number].result(), places[number])
+        images = enumerate(zip(requests, reading, places, strict=True))
+        return [n for n, (request, data, place) in images if not self._fill(request, data.result(), place)]
 
-        return [number for number, filled in zip(encoded, self._decoders.map(one, encoded), strict=True) if not filled]
+
+def _same_video(requests: Sequence[ImageRequest]) -> list[list[int]]:
+    """Numbers of the requests for frames, those of one video together, so that one pass over it reads them all."""
+    videos: dict[tuple[int, str], list[int]] = {}
+    for number, request in enumerate(requests):
+        if request.picture.frame >= 0:
+            videos.setdefault(request.key, []).append(number)
+    return list(videos.values())
 
 
 def image_loader(

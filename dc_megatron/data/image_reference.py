@@ -25,6 +25,10 @@ from dc_megatron.data.picture import Picture
 MAX_ASPECT_RATIO = 200
 # PIL refuses to decode more; told from the header, so that a decompression bomb costs nothing.
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
+# PIL knows more formats: EPS starts a program to draw itself, and some have no signature to know them by.
+_WANTED = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+Image.init()
+FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,31 @@ def as_rgb(image_file) -> Image.Image:
         return Image.fromarray(image_file)
     if isinstance(image_file, Image.Image):
         return image_file.convert("RGB")
-    with Image.open(image_file) as opened:
-        check_shape(*opened.size)
-        return opened.convert("RGB")
+    with open_image(image_file) as opened:
+        try:
+            return opened.convert("RGB")
+        # What PIL's readers trip over in a damaged file is any kind of error.
+        except Exception as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def open_image(image_file) -> Image.Image:
+    """A path or a binary file object as a PIL image, of which only the header was read.
+
+    Raises OSError or ValueError for what is no image in one of FORMATS, or has a shape that ``check_shape`` refuses.
+    """
+    try:
+        image = Image.open(image_file, formats=FORMATS)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    try:
+        check_shape(*image.size)
+    except ValueError:
+        image.close()
+        raise
+    return image
 
 
 def _crop(pixels: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
