@@ -22,8 +22,8 @@ from dc_megatron.data.index import (
     index_key,
     open_index,
     read_summary,
-    write_json,
 )
+from dc_megatron.data.index_summary import write_json
 from dc_megatron.errors import UserError
 
 _BEAT_SECONDS = 0.5

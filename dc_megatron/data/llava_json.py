@@ -2,78 +2,63 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 
 from dc_megatron.data.faults import RecordFault
+from dc_megatron.data.json_stream import json_chunks, parse_chunk
 from dc_megatron.errors import UserError
+
+_LONGEST_IDENTIFIER = 200
 
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation as read; images: file names as written in the record, messages: its ``conversations``."""
+    """One conversation as read; images and videos: names as written in the record, messages: ``conversations``."""
 
     identifier: str
     images: tuple[str, ...]
     messages: list
+    videos: tuple[str, ...] = ()
 
 
 def read_records(path: str, flag: str = "--data_path") -> list:
-    """All records of a file, unchecked (see parse_record).
+    """All records of a file at once, unchecked (see parse_record); for files that are known to be small.
 
     Raises UserError that names file and line where the file is not valid JSON, and where it holds no record.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{flag} {path}: no such file")
-    with open(path, "rb") as file:
-        content = file.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{flag} {path}: line {line}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    records = _read_list(text, path, flag) if text.lstrip()[:1] == "[" else _read_lines(text, path, flag)
-    if not records:
-        raise UserError(f"{flag} {path}: holds no record; give a LLaVA JSON list or JSON Lines")
-    return records
+    records = [record for chunk in json_chunks(path, flag) for record in parse_chunk(chunk)]
+    for number, record in records:
+        if isinstance(record, RecordFault):
+            raise UserError(f"{flag} {path}: record {number}: {record}")
+    return [record for _, record in records]
 
 
 def parse_record(record, index: int) -> Record:
-    """Check the outer shape of one record; raises RecordFault. ``image`` is absent, null, a name or a list of names."""
+    """Check the outer shape of one record; raises RecordFault.
+
+    ``image`` and ``video`` are absent, null, a name or a list of names each.
+    """
+    if isinstance(record, RecordFault):
+        raise record
     if not isinstance(record, dict):
         raise RecordFault(RecordFault.STRUCTURE, f"the record is a {type(record).__name__}, not an object")
     messages = record.get("conversations")
     if not isinstance(messages, list) or not messages:
         raise RecordFault(RecordFault.STRUCTURE, "conversations is not a list with messages in it")
-    images = record.get("image")
-    images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
-        raise RecordFault(RecordFault.STRUCTURE, "image is neither a file name nor a list of file names")
-    return Record(str(record.get("id", index)), tuple(images), messages)
+    return Record(identifier(record, index), _names(record, "image"), messages, _names(record, "video"))
 
 
-def _read_list(text: str, path: str, flag: str) -> list:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{flag} {path}: {_place(error)}: not valid JSON: {error.msg}") from None
+def identifier(record, index: int) -> str:
+    """The record's ``id`` as a short text; its number where it has none, or one that is no name."""
+    value = record.get("id") if isinstance(record, dict) else None
+    text = str(value if isinstance(value, str | int | float) else index)
+    # Half of a surrogate pair is no text that a file could hold.
+    return text[:_LONGEST_IDENTIFIER].encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _read_lines(text: str, path: str, flag: str) -> list:
-    records = []
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(
-                f"{flag} {path}: line {number}, column {error.colno}: not valid JSON: {error.msg}"
-            ) from None
-    return records
-
-
-def _place(error: json.JSONDecodeError) -> str:
-    return f"line {error.lineno}, column {error.colno}"
+def _names(record: dict, key: str) -> tuple[str, ...]:
+    names = record.get(key)
+    names = [] if names is None else [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise RecordFault(RecordFault.STRUCTURE, f"{key} is neither a file name nor a list of file names")
+    return tuple(names)

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dc_megatron.data import index as index_module
+from dc_megatron.data import index_build, json_stream
 from dc_megatron.data.faults import RecordFault
 from dc_megatron.data.index import build_index, index_key, open_index
-from dc_megatron.data.tokenization import load_tokenizer
+from dc_megatron.data.picture import Picture
 from dc_megatron.errors import UserError
 from tests.helpers.data_files import (
     caption_records,
@@ -18,6 +18,7 @@ from tests.helpers.data_files import (
     data_config,
     photo,
     sentencepiece_tokenizer,
+    tiling,
     write_records,
 )
 
@@ -30,6 +31,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def make(tmp_path, tokenizer):
     def config(records, **overrides):
+        (tmp_path / "images").mkdir(exist_ok=True)
         return data_config(tmp_path / "images", write_records(tmp_path / "data.json", records), tokenizer, **overrides)
 
     return config
@@ -47,7 +49,7 @@ def test_an_index_holds_what_was_tokenised(make, tmp_path):
     assert (summary.records, summary.kept, len(index), summary.images) == (7, 7, 7, 7)
     assert summary == index.summary
     assert seen[-1] == (7, 7)
-    assert index[6].images == ("0000.jpg", "b.jpg")
+    assert index[6].images == (Picture("0000.jpg", 40, 32, 4), Picture("b.jpg", 80, 64, 4))
     assert [index[n].identifier for n in (0, 5, 6)] == ["caption-0", "text", "two"]
     assert [index[n].record for n in range(7)] == list(range(7))
     assert summary.tokens == sum(index[n].length for n in range(7))
@@ -58,17 +60,21 @@ def test_an_index_holds_what_was_tokenised(make, tmp_path):
 
 
 def test_many_batches(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "ROWS_PER_BATCH", 4)
+    monkeypatch.setattr(json_stream, "RECORDS_PER_CHUNK", 3)
     build_index(make(caption_records(tmp_path / "images", 8)), str(tmp_path / "index"))
     index = open_index(str(tmp_path / "index"))
     assert [index[n].identifier for n in range(8)] == [f"caption-{n}" for n in range(8)]
+
+
+def files_of(summary):
+    return ["faults.jsonl", f"index-{summary.key}.arrow", "index.json", "notes.jsonl"]
 
 
 def test_a_second_build_returns_at_once_and_a_changed_one_does_not(make, tmp_path, monkeypatch):
     folder = str(tmp_path / "index")
     config = make(caption_records(tmp_path / "images", 3))
     first = build_index(config, folder)
-    monkeypatch.setattr(index_module, "read_records", lambda *_: pytest.fail("read the data again"))
+    monkeypatch.setattr(index_build, "json_chunks", lambda *_: pytest.fail("read the data again"))
     assert build_index(config, folder) == first
     monkeypatch.undo()
     old = open_index(folder)
@@ -76,7 +82,7 @@ def test_a_second_build_returns_at_once_and_a_changed_one_does_not(make, tmp_pat
     assert (changed.kept, changed.key != first.key) == (2, True)
     # A process that still maps the old file is not hurt, and only the new one is left.
     assert old[2].identifier == "caption-2"
-    assert sorted(os.listdir(folder)) == [f"index-{changed.key}.arrow", "index.json"]
+    assert sorted(os.listdir(folder)) == files_of(changed)
 
 
 def test_a_node_that_comes_second_on_a_shared_disk_leaves_the_first_ones_file(make, tmp_path, monkeypatch):
@@ -87,14 +93,14 @@ def test_a_node_that_comes_second_on_a_shared_disk_leaves_the_first_ones_file(ma
     def other_node_finishes(done, total):
         if not first:
             with monkeypatch.context() as patch:
-                patch.setattr(index_module.platform, "node", lambda: "other-node")
-                first.append(index_module._write(config, folder, *others, lambda done, total: None))
+                patch.setattr(index_build.platform, "node", lambda: "other-node")
+                first.append(None)
+                first[0] = build_index(config, folder)
             first.append(os.stat(arrow).st_ino)
 
-    others = (index_key(config), index_module.read_records(config.data_path), load_tokenizer(config.tokenizer_path))
     assert build_index(config, folder, other_node_finishes) == first[0]
     assert os.stat(arrow).st_ino == first[1]
-    assert sorted(os.listdir(folder)) == [os.path.basename(arrow), "index.json"]
+    assert sorted(os.listdir(folder)) == files_of(first[0])
 
 
 def test_the_summary_tells_which_records_were_kept(make, tmp_path):
@@ -132,7 +138,7 @@ def test_the_key_follows_what_decides_the_content(make, tmp_path):
     records = caption_records(tmp_path / "images", 2)
     base = index_key(make(records))
     assert index_key(make(records, seed=7, image_aspect_ratio="square", seq_length=500, vocab_size=9999)) == base
-    assert index_key(make(records, tokens_per_image=5)) != base
+    assert index_key(make(records, tiling=tiling(5))) != base
     assert index_key(make(records, version="plain")) != base
     assert index_key(make(records, model_max_length=100)) != base
     assert index_key(make(records[:1])) != base
@@ -176,7 +182,7 @@ def test_too_many_faults_stop_the_run(make, tmp_path):
 
 
 def test_a_hopeless_data_set_is_not_read_to_its_end(make, tmp_path):
-    with pytest.raises(UserError, match=r"201 of 201 records.*201 x bad structure"):
+    with pytest.raises(UserError, match=r"512 of 512 records.*512 x bad structure"):
         build_index(make([{"id": number} for number in range(5000)]), str(tmp_path / "index"))
 
 

@@ -11,7 +11,7 @@ import pytest
 from dc_megatron.data import index_waiting
 from dc_megatron.data.index_waiting import build_or_wait
 from dc_megatron.errors import UserError
-from tests.helpers.data_files import caption_records, data_config, sentencepiece_tokenizer, write_records
+from tests.helpers.data_files import caption_records, data_config, sentencepiece_tokenizer, tiling, write_records
 
 
 @pytest.fixture(scope="module")
@@ -134,5 +134,5 @@ def test_a_builder_that_never_comes(config, tmp_path):
 
 def test_ranks_with_different_settings_are_told(config, tmp_path, start):
     assert answer(start(rank, 0, 0.0, config, str(tmp_path)))[0] == 4
-    other = data_config(config.image_folder, config.data_path, config.tokenizer_path, tokens_per_image=9)
+    other = data_config(config.image_folder, config.data_path, config.tokenizer_path, tiling=tiling(9))
     assert "different data index" in answer(start(rank, 1, 0.0, other, str(tmp_path)))
