@@ -29,7 +29,8 @@ VIDEO_SUFFIXES = (
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,flv,asf"
 # Nearly all of a video's bytes are needed, so they come in large pieces.
 _BLOCK_BYTES = 4 << 20
-_MAX_FRAME_PIXELS = 1 << 26
+# 8K video has 33 million.
+_MAX_FRAME_PIXELS = 1 << 25
 # Pixels decoded for one call: 96,000 frames of 1920 x 1080. A small file can hold hours.
 _MAX_DECODED_PIXELS = 2 * 10**11
 
@@ -65,7 +66,7 @@ def frame_count_and_size(store: ImageStore, name: str) -> tuple[int, int, int]:
         count = sum(not entry.is_discard for entry in index) if counted else 0
         frame = next(video.decoded(), None)
         if frame is None:
-            raise OSError(f"{store.where(name)}: no frame can be decoded")
+            raise OSError("no frame can be decoded")
         height, width = video.pixels(frame).shape[:2]
     return count if counted else len(_times(store, name)[0]), width, height
 
@@ -132,6 +133,8 @@ def _opened(store: ImageStore, name: str) -> Iterator[_Video]:
                 if not container.streams.video:
                     raise OSError("has no pictures in it")
                 stream = container.streams.video[0]
+                if stream.codec_context is None:
+                    raise OSError("no decoder for its pictures")
                 # Videos are read side by side by the caller's threads, where there are any.
                 stream.codec_context.thread_count = 1
                 width, height = stream.codec_context.width, stream.codec_context.height
@@ -141,7 +144,7 @@ def _opened(store: ImageStore, name: str) -> Iterator[_Video]:
         except _NotByTime:
             raise
         except Exception as error:
-            raise OSError(f"{store.where(name)}: {error}") from error
+            raise OSError(f"{store.where(name)}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @functools.cache
