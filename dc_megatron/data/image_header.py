@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from dc_megatron.data.faults import RecordFault
-from dc_megatron.data.image_reference import DECODE_ERRORS, MAX_ASPECT_RATIO
+from dc_megatron.data.image_reference import DECODE_ERRORS, open_image
 from dc_megatron.data.image_store import ImageStore, UnsafeName
 
 HUGE_PIXELS = 50_000_000
@@ -59,16 +59,12 @@ def read_header(store: ImageStore, name: str) -> Header:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with Image.open(file) as image:
+                with open_image(file) as image:
                     width, height = image.size
                     notes = tuple(_notes(image)) if min(width, height) > 0 else ()
                     header = Header(width, height, image.format or "", image.mode, notes)
         except DECODE_ERRORS as error:
             raise RecordFault(RecordFault.CORRUPT_IMAGE, f"{store.where(name)}: {_words(error)}") from None
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise RecordFault(
-            RecordFault.CORRUPT_IMAGE, f"{store.where(name)}: {width} x {height} pixels is too narrow to use"
-        )
     return header
 
 

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import functools
 import io
-import os
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from dc_megatron.config import ImageTiling, VisionConfig
-from dc_megatron.data.faults import RecordFault
 from dc_megatron.data.picture import Picture
 
 # A strip this narrow would be blown up to gigabytes before the crop throws almost all of it away.
@@ -214,21 +211,3 @@ DECODE_ERRORS = (
     TypeError,
     Image.DecompressionBombError,
 )
-
-
-def check_header(path: str) -> None:
-    """Raise RecordFault unless ``path`` is a file whose header PIL can read and whose shape can be used.
-
-    Costs one small read; the pixels are not decoded.
-    """
-    if not os.path.isfile(path):
-        raise RecordFault(RecordFault.MISSING_IMAGE, f"no file {path}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                width, height = image.size
-    except DECODE_ERRORS as error:
-        raise RecordFault(RecordFault.CORRUPT_IMAGE, f"{path}: {error}") from None
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise RecordFault(RecordFault.CORRUPT_IMAGE, f"{path}: {width} x {height} pixels is too narrow to use")
