@@ -1,21 +1,30 @@
-"""Samples to rows of a fixed length: which samples stand together in a row, and how rows are laid out within a step.
+"""Samples to rows of a fixed length: which samples stand together in a row, and how rows lie within a step.
 
 Pure integer work on lengths and tiles; the same rows come out on every machine.
+
+An epoch is cut into windows of its shuffled order. A window's samples are dealt to as few rows as its positions fill,
+and rows exchange samples until they are equally long (and have alike numbers of tiles); see ``row_exchange``. What then
+still does not fit is moved by best fit. Where lengths leave no such even rows, more rows are tried, and plain best-fit
+decreasing at last: a window never takes more rows than that.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dc_megatron.data.epoch_order import random_state
+from dc_megatron.data.row_exchange import deal, exchange
 
 # Changes with every change of the rows that come out for the same input.
-PACKER_VERSION = 1
+PACKER_VERSION = 2
 WINDOW = 20_000
+# Part of a row, in thousandths, that is tried to be filled at first.
+_FILL = 998
+_EVEN_ROUNDS, _TILE_ROUNDS = 100, 40
 
 
 @dataclass(frozen=True)
@@ -60,38 +69,126 @@ def pack(
 ) -> Rows:
     """Rows of at most ``seq_length`` positions that hold every entry of ``order`` (sample numbers) once.
 
-    lengths, tiles: int [n] of all samples. ``seed``: words that the order of rows within a window is drawn from; None
+    lengths, tiles: int [n] of all samples. A row's samples come from one window of at most ``window`` entries, and
+    stand in the row as they do in ``order``. ``seed``: words that the order of a window's rows is drawn from; None
     sorts them by their first sample.
     """
     order = np.asarray(order, dtype=np.int64)
-    lengths = np.asarray(lengths)
+    lengths, tiles = np.asarray(lengths), np.asarray(tiles)
     longest = int(lengths[order].max(initial=0))
     assert longest <= seq_length, f"a sample of {longest} positions cannot stand in a row of {seq_length}"
-    rows: list[list[int]] = []
-    for number, first in enumerate(range(0, len(order), window)):
-        own = _pack_window(lengths[order[first : first + window]], seq_length)
-        own = sorted(sorted(row) for row in own)
+    parts, counts, expected = [order[:0]], [order[:0]], None
+    for number, own in enumerate(np.array_split(order, -(-len(order) // window)) if len(order) else []):
+        state = random_state(*((0,) if seed is None else seed), 1 + number)
+        # Windows of a shuffled order are alike, so what one needs is a good guess for the next.
+        table, expected = _Window(lengths[own], tiles[own], seq_length, state).fill(expected if seed else None)
+        # Places sorted within a row, then rows by their first place, empty slots last.
+        table.sort(axis=1)
+        table = table[np.argsort(table[:, 0], kind="stable")]
         if seed is not None:
-            own = [own[place] for place in random_state(*seed, number).permutation(len(own))]
-        rows += [[first + place for place in row] for row in own]
-    starts = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    return Rows(order[np.array([place for row in rows for place in row], dtype=np.int64)], starts)
+            table = table[state.permutation(len(table))]
+        filled = table < len(own)
+        parts.append(own[table[filled]])
+        counts.append(filled.sum(axis=1))
+    return Rows(np.concatenate(parts), np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64))
 
 
-def _pack_window(lengths: np.ndarray, seq_length: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []
-    for place in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
-        length = int(lengths[place])
-        found = bisect_left(free, (length, -1))
+class _Window:
+    """The samples of a window, by place; tables of rows are those of ``row_exchange``."""
+
+    def __init__(self, lengths: np.ndarray, tiles: np.ndarray, seq_length: int, state: np.random.RandomState):
+        self._lengths = np.append(lengths, 0).astype(np.int64)
+        self._tiles = np.append(tiles, 0).astype(np.int64)
+        self._count, self._seq_length, self._state = len(lengths), seq_length, state
+        self._total = int(self._lengths.sum())
+        self._tokens_per_tile = self._total // max(1, int(self._tiles.sum()))
+
+    def fill(self, expected: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+        """A table of few rows, none above ``seq_length``; how many rows for how many positions to expect next time."""
+        fewest = self._rows_for(1000, self._seq_length * _FILL)
+        guesses = [fewest] if expected is None else [fewest, max(fewest, self._rows_for(*expected))]
+        for guess in dict.fromkeys(guesses):
+            table = self._even_rows(guess)
+            if _suffices(guess, table):
+                break
+        else:
+            guess, table = self._search(fewest, table)
+        return table, (guess, self._total)
+
+    def _rows_for(self, rows: int, positions: int) -> int:
+        return max(1, min(self._count, -(-self._total * rows // positions)))
+
+    def _search(self, low: int, best: np.ndarray) -> tuple[int, np.ndarray]:
+        """Bisect the number of rows between ``low``, too few, and those of ``best`` or of best-fit decreasing."""
+        plain = best_fit(range(self._count), self._lengths.tolist(), self._seq_length, [])
+        if len(plain) < len(best):
+            best = self._alike_in_tiles(plain)
+        high = len(best)
+        while high - low > max(1, high // 200):
+            middle = (low + high) // 2
+            table = self._even_rows(middle)
+            if len(table) < len(best):
+                best = table
+            if _suffices(middle, table):
+                high = middle
+            else:
+                low = middle
+        return high, best
+
+    def _even_rows(self, rows: int) -> np.ndarray:
+        """A table of ``rows`` rows, and of more where some could not be brought down to ``seq_length``."""
+        table = deal(self._lengths, rows)
+        worth = self._tokens_per_tile // 25
+        exchange(table, self._lengths, self._tiles, self._state, rounds=_EVEN_ROUNDS, tile_worth=worth)
+        kept = [[place for place in row if place < self._count] for row in table.tolist()]
+        lengths = self._lengths.tolist()
+        moved = [place for row in kept for place in _overhang(row, lengths, self._seq_length)]
+        return self._alike_in_tiles(best_fit(moved, lengths, self._seq_length, kept))
+
+    def _alike_in_tiles(self, rows: list[list[int]]) -> np.ndarray:
+        """The rows as a table, tiles evened out where that leaves every row at ``seq_length`` or below."""
+        slots = 1 + max(map(len, rows))
+        table = np.array([row + [self._count] * (slots - len(row)) for row in rows], dtype=np.int64)
+        exchange(
+            table,
+            self._lengths,
+            self._tiles,
+            self._state,
+            rounds=_TILE_ROUNDS,
+            tile_worth=self._tokens_per_tile,
+            limit=self._seq_length,
+        )
+        return table
+
+
+def _suffices(rows: int, table: np.ndarray) -> bool:
+    return len(table) <= rows + rows // 200
+
+
+def _overhang(row: list[int], lengths: list[int], limit: int) -> list[int]:
+    """Take places out of ``row`` until it has at most ``limit`` positions: the shortest that is enough, or the longest."""
+    out = []
+    while (excess := sum(lengths[place] for place in row) - limit) > 0:
+        place = min(row, key=lambda one: (lengths[one] < excess, abs(lengths[one] - excess), one))
+        row.remove(place)
+        out.append(place)
+    return out
+
+
+def best_fit(places: Iterable[int], lengths: list[int], limit: int, rows: list[list[int]]) -> list[list[int]]:
+    """``rows`` and ``places``, the longest first, each in the row that it fills best, or in a new one."""
+    rows = [list(row) for row in rows]
+    free = sorted((limit - sum(lengths[place] for place in row), number) for number, row in enumerate(rows))
+    for place in sorted(places, key=lambda one: (-lengths[one], one)):
+        found = bisect_left(free, (lengths[place], -1))
         if found == len(free):
             rows.append([place])
-            insort(free, (seq_length - length, len(rows) - 1))
+            insort(free, (limit - lengths[place], len(rows) - 1))
         else:
             space, row = free.pop(found)
             rows[row].append(place)
-            insort(free, (space - length, row))
-    return rows
+            insort(free, (space - lengths[place], row))
+    return [row for row in rows if row]
 
 
 def step_order(tiles: np.ndarray, attention: np.ndarray) -> np.ndarray:
@@ -141,7 +238,7 @@ def statistics(
     rows_per_step: int = 1,
     data_parallel_sizes: Sequence[int] = (2, 8, 64),
 ) -> PackingStatistics:
-    """Figures of ``rows`` in the order in which the loader takes them (see ``balanced``)."""
+    """Figures of ``rows`` (at least one) in the order in which the loader takes them (see ``balanced``)."""
     tokens = int(rows.sums(lengths).sum())
     of_tiles = rows.sums(tiles)
     sizes = [size for size in data_parallel_sizes if rows_per_step % size == 0 and len(rows) >= rows_per_step]
@@ -162,4 +259,5 @@ def statistics(
 
 def _imbalance(of_tiles: np.ndarray, rows_per_step: int, size: int) -> float:
     whole = of_tiles[: len(of_tiles) // rows_per_step * rows_per_step].reshape(-1, size)
-    return float(whole.max(axis=1).sum() / max(whole.mean(axis=1).sum(), 1e-9))
+    mean = float(whole.mean(axis=1).sum())
+    return float(whole.max(axis=1).sum()) / mean if mean else 1.0
