@@ -18,7 +18,10 @@ SUMMARY_FILE, FAULTS_FILE, NOTES_FILE = "index.json", "faults.jsonl", "notes.jso
 
 @dataclass
 class SourceSummary:
-    """One data source. dropped: records by reason; notes: odd pictures by kind (see image_header.NOTES)."""
+    """One data source. dropped: records by reason; notes: odd pictures by kind (see image_header.NOTES).
+
+    Other fields are sums as in Counts.
+    """
 
     data_path: str
     image_folder: str
@@ -27,6 +30,7 @@ class SourceSummary:
     tokens: int = 0
     images: int = 0
     text_only: int = 0
+    truncated: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
 
@@ -139,7 +143,7 @@ def check_bad_rate(summary: IndexSummary, config: DataConfig) -> None:
     raise UserError(
         f"--data_path {config.data_path}: {summary.dropped_samples} of {summary.records} records looked at cannot be"
         f" used: {reasons}. Correct the data or --image_folder {config.image_folder}, or the limit"
-        f" --max-bad-sample-rate {config.max_bad_sample_rate}: {advice}"
+        f" --max-bad-sample-rate {config.max_bad_sample_rate}: {advice}. tools/preflight.py lists them all"
     )
 
 
