@@ -9,9 +9,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# Changes with every change of the order that ``grouped_by_modality_length`` gives.
+GROUPER_VERSION = 1
+# Words beside seed and epoch that different draws start from.
+_PART_DRAWS, _GROUP_DRAWS = 1, 2
+
 
 def random_state(*words: int) -> np.random.RandomState:
-    """The stream of random numbers that belongs to these words (seed, epoch, ...), all >= 0."""
+    """The stream of random numbers that belongs to these words (seed, epoch, ...), all >= 0.
+
+    A zero at the end changes nothing while there are four words or fewer.
+    """
     return np.random.RandomState(np.random.SeedSequence(words).generate_state(4))
 
 
@@ -38,7 +46,7 @@ def _times_of_samples(sources: np.ndarray, weights: Sequence[float], seed: int, 
         times[own] = copies
         if weight > copies and len(own):
             part = max(1, int((weight - copies) * len(own) + 0.5))
-            times[own[random_state(seed, epoch, 1 + source).permutation(len(own))[:part]]] += 1
+            times[own[random_state(seed, epoch, _PART_DRAWS, source).permutation(len(own))[:part]]] += 1
     return times
 
 
@@ -57,7 +65,7 @@ def grouped_by_modality_length(
     if len(kinds) < 2:
         return np.concatenate([np.zeros(0, dtype=np.int64), *(batches[0] if batches else [])])
     whole = [one for kind in batches for one in kind[:-1]]
-    whole = [whole[number] for number in random_state(seed, epoch, 0).permutation(len(whole))]
+    whole = [whole[number] for number in random_state(seed, epoch, _GROUP_DRAWS).permutation(len(whole))]
     return np.concatenate([*whole, np.sort(np.concatenate([kind[-1] for kind in batches]))])
 
 

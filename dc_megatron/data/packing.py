@@ -166,7 +166,7 @@ def _suffices(rows: int, table: np.ndarray) -> bool:
 
 
 def _overhang(row: list[int], lengths: list[int], limit: int) -> list[int]:
-    """Take places out of ``row`` until it has at most ``limit`` positions: the shortest that is enough, or the longest."""
+    """Take places out of ``row`` until ``limit`` positions are left: the shortest that is enough, or the longest."""
     out = []
     while (excess := sum(lengths[place] for place in row) - limit) > 0:
         place = min(row, key=lambda one: (lengths[one] < excess, abs(lengths[one] - excess), one))
