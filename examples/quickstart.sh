@@ -92,12 +92,13 @@ make_inputs() {
 # positions holds about BATCH samples. One row a step, because on the CPU every message between the processes costs the
 # same.
 train() {
-  local stage="$1" steps="$2" mean="$3"
+  local stage="$1" steps="$2" row=$((batch * $3)) longest=64
   shift 3
   $python -m torch.distributed.run --standalone --nproc-per-node "$tensor_parallel" -m dc_megatron.pretrain \
     --model_name_or_path "$run/models/language_model" --vision_tower "$run/models/vision_tower" \
-    --mm_dense_connector_type dci --version v1 --image_folder "$run/data" --model_max_length 64 \
-    --tensor-model-parallel-size "$tensor_parallel" --packing best-fit --seq-length $((batch * mean > 64 ? batch * mean : 64)) --global-batch-size 1 \
+    --mm_dense_connector_type dci --version v1 --image_folder "$run/data" --model_max_length "$longest" \
+    --tensor-model-parallel-size "$tensor_parallel" --packing best-fit --global-batch-size 1 \
+    --seq-length $((row > longest ? row : longest)) \
     --max_steps "$steps" --save_steps "$steps" --lr_scheduler_type cosine --weight_decay 0 \
     --logging_steps 10 --dataloader_num_workers 1 --seed "$((seed + 1))" --output_dir "$run/$stage" "$@"
 }
@@ -111,15 +112,15 @@ ask() {
 step inputs "draws pictures, makes a tokenizer and random models" make_inputs
 # Text moves no weight of the connector: it gets no gradient without a picture.
 step text "text: the language model learns, $text_steps steps" \
-  train text "$text_steps" 64 --data_path "$run/data/text.json" --trainable connector,llm \
+  train text "$text_steps" 50 --data_path "$run/data/text.json" --trainable connector,llm \
   --learning_rate 1e-3 --warmup_ratio 0.03
 step stage1 "stage 1: the connector learns, $stage1_steps steps" \
-  train stage1 "$stage1_steps" 52 --data_path "$run/data/train.json" --image_aspect_ratio square \
+  train stage1 "$stage1_steps" 49 --data_path "$run/data/train.json" --image_aspect_ratio square \
   --trainable connector --load "$run/text" --finetune --learning_rate 2e-3 --warmup_ratio 0.03
 step ask-stage1 "asks about pictures not seen before" ask stage1
 # A short warm-up here would undo part of stage 1 before improving on it.
 step stage2 "stage 2: connector and language model learn, $stage2_steps steps" \
-  train stage2 "$stage2_steps" 52 --data_path "$run/data/train.json" --image_aspect_ratio pad --trainable connector,llm \
+  train stage2 "$stage2_steps" 49 --data_path "$run/data/train.json" --image_aspect_ratio pad --trainable connector,llm \
   --load "$run/text" --finetune --pretrain_mm_mlp_adapter "$run/stage1" --learning_rate 5e-4 --warmup_ratio 0.1
 step ask-stage2 "asks again" ask stage2
 step export "exports to a stock Hugging Face Llava folder" \

@@ -39,6 +39,8 @@ class DataConfig:
     order: str = "shuffled"
     seed: int = 1234
     image_backend: str = "auto"
+    # "gpu": DALI decodes and resizes on the GPU of the process.
+    image_decode_device: str = "cpu"
     max_bad_sample_rate: float = 0.001
     # Frames taken from a video, evenly spread.
     video_frames: int = 8
@@ -50,6 +52,7 @@ class DataConfig:
         one_of(self.image_aspect_ratio, IMAGE_ASPECT_RATIOS, "--image_aspect_ratio")
         one_of(self.order, ("shuffled", "sequential"), "--data-order")
         one_of(self.image_backend, ("auto", "dali", "pil"), "--image-backend")
+        one_of(self.image_decode_device, ("cpu", "gpu"), "--image-decode-device")
         one_of(self.packing, PACKINGS, "--packing")
         if self.model_max_length > self.seq_length:
             raise UserError(

@@ -125,7 +125,12 @@ class _Pixels:
         if self._loader is None:
             config = self._config
             self._loader = image_loader(
-                config.image_backend, self._vision, config.image_aspect_ratio, config.tiling, threads=self._threads
+                config.image_backend,
+                self._vision,
+                config.image_aspect_ratio,
+                config.tiling,
+                threads=self._threads,
+                decode_device=config.image_decode_device,
             )
         return self._loader
 

@@ -216,6 +216,7 @@ def _refuse_contradictions(reading: _Reading, values: dict) -> None:
         values["model_max_length"] = values["seq_length"]
         reading.notes.append(f"--model_max_length {values['seq_length']}: as long as --seq-length")
     _settle_packing(reading, values)
+    _refuse_decoding(values)
     if values["min_lr"] > values["learning_rate"]:
         raise UserError(f"--min-lr {values['min_lr']}: above --learning_rate {values['learning_rate']}")
     for name in _POSITIVE:
@@ -226,6 +227,11 @@ def _refuse_contradictions(reading: _Reading, values: dict) -> None:
             raise UserError(f"{reading.spelled.get(name, '--' + name)} {values[name]}: must not be negative")
     if not 0 <= values["warmup_ratio"] <= 1:
         raise UserError(f"{reading.spelled['warmup_ratio']} {values['warmup_ratio']}: must be from 0 to 1")
+
+
+def _refuse_decoding(values: dict) -> None:
+    if values["image_decode_device"] == "gpu" and values["image_backend"] == "pil":
+        raise UserError("--image-decode-device gpu contradicts --image-backend pil, which decodes on the CPU; drop one")
 
 
 def _settle_packing(reading: _Reading, values: dict) -> None:

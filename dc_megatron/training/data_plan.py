@@ -33,6 +33,7 @@ def data_config(checked: Checked) -> DataConfig:
         order=settings.data_order,
         seed=settings.seed,
         image_backend=settings.image_backend,
+        image_decode_device=settings.image_decode_device,
         max_bad_sample_rate=settings.max_bad_sample_rate,
         video_frames=settings.video_frames,
         vocab_size=checked.language.vocab_size,

@@ -34,6 +34,8 @@ def train(checked: run.Checked) -> None:
         # First: of a damaged file it is the name that helps, not what could not be made of its content.
         refuse_damaged_files(checked.start, rank, world_size)
     _check_weights(checked)
+    if checked.settings.image_decode_device == "gpu" and not device.has_cuda():
+        raise UserError("--image-decode-device gpu: there is no GPU here; leave it out")
     config = data_plan.data_config(checked)
     folder = run.index_folder(checked.settings)
     data = data_plan.open_data(

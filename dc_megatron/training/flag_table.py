@@ -140,6 +140,14 @@ _DATA = (
     Flag("video-frames", int, 8, "frames taken from a video, evenly spread", DATA),
     Flag("data-order", str, "shuffled", "order of the samples of an epoch", DATA, choices=("shuffled", "sequential")),
     Flag("image-backend", str, "auto", "what decodes pictures", DATA, choices=("auto", "dali", "pil")),
+    Flag(
+        "image-decode-device",
+        str,
+        "cpu",
+        "where DALI decodes; gpu takes the GPU of every process that decodes",
+        DATA,
+        choices=("cpu", "gpu"),
+    ),
     Flag("max-bad-sample-rate", float, 0.001, "stop when more than this share of the records is faulty", DATA),
     Flag("index-folder", str, "", "where the index of the data is kept (default: OUTPUT/index)", DATA),
     Flag(

@@ -31,6 +31,7 @@ class RunSettings:
     video_frames: int
     data_order: str
     image_backend: str
+    image_decode_device: str
     max_bad_sample_rate: float
     index_folder: str
     dataloader_num_workers: int

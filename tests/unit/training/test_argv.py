@@ -172,6 +172,7 @@ def test_a_shorter_row_shortens_the_samples_with_a_note():
         ("--packing best-fit --group_by_modality_length True", "--group_by_modality_length contradicts --packing"),
         ("--group_by_modality_length True --data-order sequential", "contradicts --data-order sequential"),
         ("--micro-batch-size 4", "--micro-batch-size 4 a micro-batch is one row --seq-length --packing none"),
+        ("--image-decode-device gpu --image-backend pil", "--image-decode-device gpu contradicts --image-backend pil"),
         ("--video-frames 0", "--video-frames 0 must be above 0"),
         ("--image_aspect_ratio anyres", "anyres not available yet"),
         ("--report_to wandb", "wandb not available yet"),
