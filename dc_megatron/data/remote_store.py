@@ -157,7 +157,8 @@ class RangeFile(io.RawIOBase):
 
     def readall(self) -> bytes:
         # The inherited one asks for small pieces.
-        data = self._fetch(self._position, max(self._position, self._size()))
+        self._end = self._size() if self._end is None else self._end
+        data = self._fetch(self._position, self._end) if self._position < self._end else b""
         self._position += len(data)
         return data
 
