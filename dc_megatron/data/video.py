@@ -11,15 +11,15 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from dc_megatron.data.image_store import ImageStore
 from dc_megatron.errors import UserError
 
-if TYPE_CHECKING:
-    import av
+# Types of av, which is imported only where a video is read.
+Container = Stream = Frame = Any
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".gif"),
@@ -58,7 +58,7 @@ def frame_count_and_size(store: ImageStore, name: str) -> tuple[int, int, int]:
     """(frames, width, height) of a video; size in pixels as shown. Decodes one frame.
 
     The count is the container's where it has an index (MP4, MOV, AVI), else packets are counted, which reads the file.
-    Raises FileNotFoundError, UnsafeName, and OSError for what cannot be read or decoded.
+    Raises FileNotFoundError, UnsafeName, and OSError for what cannot be read or decoded (it says why, not which file).
     """
     with _opened(store, name) as video:
         index = video.stream.index_entries
@@ -85,7 +85,7 @@ def read_frames(store: ImageStore, name: str, frames: Sequence[int]) -> list[np.
     times, keys = _times(store, name)
     beyond = [frame for frame in frames if not 0 <= frame < len(times)]
     if beyond:
-        raise OSError(f"{store.where(name)}: has no frame {beyond[0]}, only {len(times)}")
+        raise OSError(f"there is no frame {beyond[0]}, only {len(times)}")
     try:
         if None in times or not keys:
             raise _NotByTime
@@ -103,13 +103,13 @@ def read_frames(store: ImageStore, name: str, frames: Sequence[int]) -> list[np.
 class _Video:
     """An open video: its first picture stream, and the size in pixels that the container states."""
 
-    container: av.container.InputContainer
-    stream: av.VideoStream
+    container: Container
+    stream: Stream
     width: int
     height: int
     decoded_pixels: int = 0
 
-    def decoded(self) -> Iterator[av.VideoFrame]:
+    def decoded(self) -> Iterator[Frame]:
         """Frames from where the container stands, in the order they are shown."""
         for frame in self.container.decode(self.stream):
             self.decoded_pixels += frame.width * frame.height
@@ -117,7 +117,7 @@ class _Video:
                 raise OSError(f"more is to be decoded than the limit of {_MAX_DECODED_PIXELS} pixels")
             yield frame
 
-    def pixels(self, frame: av.VideoFrame) -> np.ndarray:
+    def pixels(self, frame: Frame) -> np.ndarray:
         """uint8 [H, W, 3]. Frames of another size than the video's are scaled to it."""
         pixels = frame.to_ndarray(format="rgb24", width=self.width, height=self.height)
         return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90) % 4))
@@ -125,7 +125,7 @@ class _Video:
 
 @contextmanager
 def _opened(store: ImageStore, name: str) -> Iterator[_Video]:
-    """The video; whatever goes wrong inside, but _NotByTime, is an OSError that names it."""
+    """The video; whatever goes wrong inside, but _NotByTime, is an OSError. Callers add the name."""
     av = _av()
     with store.open(name, _BLOCK_BYTES) as file:
         try:
@@ -144,7 +144,7 @@ def _opened(store: ImageStore, name: str) -> Iterator[_Video]:
         except _NotByTime:
             raise
         except Exception as error:
-            raise OSError(f"{store.where(name)}: {getattr(error, 'strerror', None) or error}") from error
+            raise OSError(getattr(error, "strerror", None) or str(error)) from error
 
 
 @functools.cache
@@ -189,7 +189,7 @@ def _at_times(video: _Video, wanted: Sequence[int], keys: Sequence[int]) -> dict
     return found
 
 
-def _from_keyframe(video: _Video, time: int, keys: Sequence[int]) -> tuple[av.VideoFrame, Iterator[av.VideoFrame]]:
+def _from_keyframe(video: _Video, time: int, keys: Sequence[int]) -> tuple[Frame, Iterator[Frame]]:
     """(first frame, further frames) from the keyframe before ``time``; ``keys``: those at or before it."""
     # Containers seek by decoding time, which may lead to a later keyframe: then the one before is tried.
     for key in [*reversed(keys[-3:]), *keys[:1]]:
