@@ -16,6 +16,7 @@ examples:
   python tools/benchmark.py conversion --shape 7b --folder scratch --output benchmarks/results/conversion_7b.json
   python tools/benchmark.py conversion --shape 70b --layers 8 --sparse --folder scratch
   python tools/benchmark.py direct-load --shape 7b --folder scratch --tensor-parallel 2
+  python tools/benchmark.py packing --output benchmarks/results/packing.json
   python tools/benchmark.py conversion --help
 """
 
@@ -51,19 +52,50 @@ def run_direct_load(options: argparse.Namespace) -> tuple[dict, str]:
     return result, as_text(result)
 
 
+def run_packing(options: argparse.Namespace) -> tuple[dict, str]:
+    from dc_megatron.benchmark.packing import as_text, benchmark_packing
+
+    result = benchmark_packing(options.samples, options.stage, tuple(options.seq_lengths))
+    return result, as_text(result)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", required=True, metavar="NAME", help="7b, 70b or tiny")
+    parser.add_argument("--folder", required=True, metavar="DIR", help="on the disk to measure")
+    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the real model has")
+    parser.add_argument("--keep", action="store_true", help="leave the source there for the next benchmark")
+    parser.add_argument(
+        "--page-cache",
+        choices=["all", "files"],
+        default="all",
+        help="what is emptied before each step: the machine's cache (root only; default), or the files' part",
+    )
+
+
 def add_conversion(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="rounds (default: 3)")
     parser.add_argument("--sparse", action="store_true", help="a source without content; no baseline, memory only")
     parser.add_argument("--include", action="append", default=[], choices=["verify"], help="a further step")
 
 
 def add_direct_load(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
     parser.add_argument("--tensor-parallel", type=int, default=2, metavar="N", help="ranks (default: 2)")
+
+
+def add_packing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", type=int, default=665_000, metavar="N", help="of an epoch (default: 665000)")
+    parser.add_argument("--stage", type=int, choices=[1, 2], default=2, help="whose lengths are drawn (default: 2)")
+    parser.add_argument(
+        "--seq-lengths", type=int, nargs="+", default=[2048, 4096, 8192], metavar="N", help="default: 2048 4096 8192"
+    )
 
 
 # name -> (what it measures, its flags, its function)
 BENCHMARKS = {
     "conversion": ("import and export of a checkpoint against cp and sync", add_conversion, run_conversion),
+    "packing": ("fill, balance, time and memory of the plan of an epoch", add_packing, run_packing),
     "direct-load": ("bytes that a rank reads of a Hugging Face folder", add_direct_load, run_direct_load),
 }
 
@@ -74,16 +106,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name, (what, add_flags, _) in BENCHMARKS.items():
         command = commands.add_parser(name, help=what, description=what, epilog=EXAMPLE, **look)
-        command.add_argument("--shape", required=True, metavar="NAME", help="7b, 70b or tiny")
-        command.add_argument("--folder", required=True, metavar="DIR", help="on the disk to measure")
-        command.add_argument("--layers", type=int, metavar="N", help="fewer layers than the real model has")
-        command.add_argument("--keep", action="store_true", help="leave the source there for the next benchmark")
-        command.add_argument(
-            "--page-cache",
-            choices=["all", "files"],
-            default="all",
-            help="what is emptied before each step: the machine's cache (root only; default), or the files' part",
-        )
         add_flags(command)
         command.add_argument("--output", default="", metavar="FILE", help="write the result there as JSON, too")
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")

@@ -4,8 +4,8 @@ Pure integer work on lengths and tiles; the same rows come out on every machine.
 
 An epoch is cut into windows of its shuffled order. A window's samples are dealt to as few rows as its positions fill,
 and rows exchange samples until they are equally long (and have alike numbers of tiles); see ``row_exchange``. What then
-still does not fit is moved by best fit. Where lengths leave no such even rows, more rows are tried, and plain best-fit
-decreasing at last: a window never takes more rows than that.
+still does not fit is moved by best fit. Where lengths leave no such even rows, more rows are tried, and best-fit
+decreasing of the whole window as well.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dc_megatron.data.row_exchange import deal, exchange
 PACKER_VERSION = 2
 WINDOW = 20_000
 # Part of a row, in thousandths, that is tried to be filled at first.
-_FILL = 998
+_FILL = 999
 _EVEN_ROUNDS, _TILE_ROUNDS = 100, 40
 
 
