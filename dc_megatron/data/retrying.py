@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
+# The state of Python's own generator is part of a checkpoint; a failing store must not move it.
+_chance = random.Random()
 # These say what is there, or who may read it; asking again changes nothing.
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
@@ -30,7 +30,7 @@ class Retrying:
     limit: float = 60.0
     sleep: Callable[[float], None] = time.sleep
 
-    def call(self, what: str, function: Callable[[], Result]) -> Result:
+    def call[Result](self, what: str, function: Callable[[], Result]) -> Result:
         """``function()``. FINAL errors pass at once; the last try ends in an OSError with ``what`` and the cause."""
         for attempt in range(1, self.tries + 1):
             try:
@@ -40,7 +40,7 @@ class Retrying:
             except Exception as error:
                 cause = error
             if attempt < self.tries:
-                wait = min(self.longest_wait, self.first_wait * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+                wait = min(self.longest_wait, self.first_wait * 2 ** (attempt - 1)) * _chance.uniform(0.5, 1)
                 warnings_of_retries.warn(
                     "%s: %s; trying again in %.1f s (try %d of %d)", what, _told(cause), wait, attempt + 1, self.tries
                 )

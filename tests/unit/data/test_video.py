@@ -183,7 +183,7 @@ def test_what_is_no_video_is_an_error(videos, store):
     }.items():
         (videos / name).write_bytes(content)
         for read in (frame_count_and_size, lambda *video: read_frame(*video, 0)):
-            with pytest.raises(OSError, match="[a-z]{4}") as caught:
+            with pytest.raises(OSError, match=r"[a-z]{4}") as caught:
                 read(store, name)
             assert isinstance(caught.value, DECODE_ERRORS)
     with pytest.raises(FileNotFoundError):
