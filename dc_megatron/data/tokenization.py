@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from dc_megatron.errors import UserError
 
 IMAGE_ID = -200  # stands for one whole image in TokenisedSample.input_ids; the original's IMAGE_TOKEN_INDEX
 IGNORE = -100
+# The first so many stretches are remembered: the system prompt is among them, and begins every text.
+_KNOWN_STRETCHES, _LONGEST_KNOWN = 32, 4096
 
 Offsets = list[tuple[int, int]]
 
@@ -82,21 +85,23 @@ class TextTokenizer:
         contents = sorted(self._special, key=len, reverse=True)
         self._split = re.compile("|".join(re.escape(content) for content in contents)) if contents else None
         self._sentencepiece = _load_sentencepiece(folder) if self.is_legacy else None
+        self._known: dict[str, tuple[Sequence[int], Offsets]] = {}
 
     def encode(self, text: str) -> tuple[list[int], Offsets]:
         """Ids of one stretch and their (start, end) characters; no special token is added, those in it are parsed."""
-        if not text:
-            return [], []
-        if not self.is_legacy:
-            return self._encode_stretch(text)
-        ids, offsets, position = [], [], 0
-        for match in self._split.finditer(text) if self._split else ():
-            self._append(ids, offsets, text[position : match.start()], position)
-            ids.append(self._special[match.group()])
-            offsets.append(match.span())
-            position = match.end()
-        self._append(ids, offsets, text[position:], position)
+        ids, offsets = [], []
+        self.append(ids, offsets, text, 0)
         return ids, offsets
+
+    def append(self, ids: list[int], offsets: Offsets, text: str, position: int) -> None:
+        """What ``encode`` gives, at the end of ``ids`` and ``offsets``; ``position``: where ``text`` begins."""
+        end = 0
+        for match in self._split.finditer(text) if self.is_legacy and self._split else ():
+            self._append_stretch(ids, offsets, text[end : match.start()], position + end)
+            ids.append(self._special[match.group()])
+            offsets.append((position + match.start(), position + match.end()))
+            end = match.end()
+        self._append_stretch(ids, offsets, text[end:], position + end)
 
     def decode(self, ids, skip_special_tokens: bool = True) -> str:
         return self.hugging_face.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -115,16 +120,21 @@ class TextTokenizer:
                 return True
         return self.hugging_face("a").input_ids[:1] == [self.bos_id]
 
-    def _append(self, ids: list[int], offsets: Offsets, stretch: str, position: int) -> None:
-        if stretch:
-            more_ids, more_offsets = self._encode_stretch(stretch)
-            ids.extend(more_ids)
-            offsets.extend((start + position, end + position) for start, end in more_offsets)
+    def _append_stretch(self, ids: list[int], offsets: Offsets, stretch: str, position: int) -> None:
+        if not stretch:
+            return
+        encoded = self._known.get(stretch)
+        if encoded is None:
+            encoded = self._encode_stretch(stretch)
+            if len(self._known) < _KNOWN_STRETCHES and len(stretch) < _LONGEST_KNOWN:
+                self._known[stretch] = encoded
+        ids += encoded[0]
+        offsets += [(start + position, end + position) for start, end in encoded[1]]
 
     def _encode_stretch(self, text: str) -> tuple[list[int], Offsets]:
         if self._sentencepiece is not None:
             result = self._sentencepiece.encode(text, return_type="offset_mapping")
-            return list(result["ids"]), list(result["offsets"])
+            return result["ids"], result["offsets"]
         if self._restore_prefix and text[0] in " ▁":
             encoding = self._backend.encode(" " + text, add_special_tokens=False)
             return encoding.ids, [(max(start - 1, 0), max(end - 1, 0)) for start, end in encoding.offsets]
@@ -223,9 +233,7 @@ def _encode_between_images(tokenizer: TextTokenizer, text: str) -> tuple[list[in
             ids.append(IMAGE_ID)
             offsets.append((-1, -1))
             position += len(IMAGE_MARK)
-        stretch_ids, stretch_offsets = tokenizer.encode(stretch)
-        ids += stretch_ids
-        offsets += [(start + position, end + position) for start, end in stretch_offsets]
+        tokenizer.append(ids, offsets, stretch, position)
         position += len(stretch)
     # Llama 3's template spells BOS out; a tokenizer that adds its own must not double it.
     if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id]:
@@ -239,7 +247,7 @@ def _target_mask(offsets: Offsets, targets: tuple[tuple[int, int], ...]) -> np.n
 
     A token without width (a dummy prefix, all but the last byte of a character) counts for the character it precedes.
     """
-    spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    spans = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets)).reshape(-1, 2)
     starts, ends = spans[:, 0], np.maximum(spans[:, 1], spans[:, 0] + 1)
     mask = np.zeros(len(spans), dtype=bool)
     for target_start, target_end in targets:
