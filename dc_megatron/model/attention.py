@@ -51,21 +51,19 @@ class TorchCoreAttention(MegatronModule):
         assert attention_bias is None, "attention bias is not supported"
         if packed_seq_params is None:
             query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            out = self._attend(query, key, value)
+            out = self._attend(query, *_repeated(query, key, value, 1))
             return out.permute(2, 0, 1, 3).flatten(2)
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         assert bounds[-1] == query.shape[0], f"cu_seqlens ends at {bounds[-1]}, the row has {query.shape[0]} tokens"
-        stretches = []
-        for start, end in itertools.pairwise(bounds):
-            q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-            stretches.append(self._attend(q, k, v).squeeze(0).transpose(0, 1))
-        return torch.cat(stretches).flatten(1)
+        lengths = [end - start for start, end in itertools.pairwise(bounds)]
+        # Split once: the backward pass of a slice fills a tensor as long as the row, for every sample of it.
+        whole = (query, *_repeated(query, key, value, 1))
+        stretches = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in whole), strict=True)
+        attended = [self._attend(*(x.unsqueeze(0) for x in stretch)).squeeze(0) for stretch in stretches]
+        return torch.cat(attended, dim=1).transpose(0, 1).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[b, heads, s, d] with [b, groups, s, d]: repeats the groups, as the CPU kernel knows no grouped query."""
-        repeats = query.shape[1] // key.shape[1]
-        if repeats > 1:
-            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        """[b, heads, s, d] each."""
         return torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
@@ -74,3 +72,11 @@ class TorchCoreAttention(MegatronModule):
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.softmax_scale,
         )
+
+
+def _repeated(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Key and value with a head for each of the query's, along dimension ``heads``: CPU kernels know no groups."""
+    repeats = query.shape[heads] // key.shape[heads]
+    if repeats == 1:
+        return key, value
+    return key.repeat_interleave(repeats, dim=heads), value.repeat_interleave(repeats, dim=heads)
