@@ -124,6 +124,10 @@ class FolderStore(ImageStore):
     def _path(self, name: str) -> str:
         if not self.location:
             return checked_text(name)
+        if os.path.isabs(name):
+            # Some data files carry whole paths; what lies inside the folder is no way out of it.
+            inside = os.path.relpath(checked_text(name), os.path.abspath(self.location))
+            name = name if inside.split(os.sep, 1)[0] == os.pardir else inside
         return os.path.join(self.location, safe_name(name))
 
 

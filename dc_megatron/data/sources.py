@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dc_megatron.config import DataSource, nearest
 from dc_megatron.errors import UserError
 
+# Where names start if no folder is given; never "", which would take any path.
+_HERE = "."
 _KEYS = ("data_path", "image_folder", "weight")
 
 
@@ -22,7 +24,7 @@ def read_sources(data_paths: Sequence[str], image_folders: Sequence[str]) -> tup
         if len(data_paths) != 1:
             raise UserError(f"--data_path {' '.join(data_paths)}: give one YAML file alone, or data files")
         return _from_yaml(data_paths[0], image_folders)
-    folders = list(image_folders) or [""]
+    folders = list(image_folders) or [_HERE]
     if len(folders) not in (1, len(data_paths)):
         raise UserError(
             f"--image_folder {' '.join(folders)}: {len(folders)} folders for {len(data_paths)} files of --data_path;"
@@ -66,7 +68,7 @@ def _from_yaml(path: str, image_folders: Sequence[str]) -> tuple[DataSource, ...
         raise UserError(f"{what}: must hold a list 'datasets' with data_path, image_folder and weight in each entry")
     if len(image_folders) > 1:
         raise UserError(f"--image_folder {' '.join(image_folders)}: {path} names a folder in each of its entries")
-    default = image_folders[0] if image_folders else ""
+    default = image_folders[0] if image_folders else _HERE
     return tuple(_entry(entry, f"{what}: entry {number}", default) for number, entry in enumerate(entries))
 
 
@@ -78,6 +80,6 @@ def _entry(entry, what: str, default_folder: str) -> DataSource:
             raise UserError(f"{what}: unknown key {key!r}{nearest(str(key), _KEYS)}; keys: {', '.join(_KEYS)}")
     path, folder = entry.get("data_path"), entry.get("image_folder", default_folder)
     for key, value in (("data_path", path), ("image_folder", folder)):
-        if not isinstance(value, str) or (key == "data_path" and not value):
+        if not isinstance(value, str) or not value:
             raise UserError(f"{what}: {key} {value!r}: must be text")
     return DataSource(path, folder, _weight(entry.get("weight", 1.0), what))

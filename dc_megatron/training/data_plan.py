@@ -49,6 +49,8 @@ class Data:
     rows: RowPlan
     steps: StepPlan
     plan_hash: str
+    # Where index and plans lie, and lists of what is in tar shards.
+    folder: str
 
 
 def open_data(checked: Checked, config: DataConfig, index: SampleIndex, folder: str, world_size: int) -> Data:
@@ -61,7 +63,7 @@ def open_data(checked: Checked, config: DataConfig, index: SampleIndex, folder: 
     plan = plan_hash(index.summary.key, rows.identity)
     refuse_changed_plan(checked.start, plan, settings)
     count = rows.rows_of_epochs(settings.num_train_epochs) if settings.max_steps is None else None
-    return Data(config, index, rows, plan_steps(settings, count, world_size, mean_length), plan)
+    return Data(config, index, rows, plan_steps(settings, count, world_size, mean_length), plan, folder)
 
 
 def _mean_length(index: SampleIndex, config: DataConfig) -> float:

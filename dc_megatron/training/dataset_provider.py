@@ -8,26 +8,20 @@ import torch
 from megatron.core import parallel_state
 from megatron.training import get_args
 
-from dc_megatron.config import DataConfig, VisionConfig
-from dc_megatron.data.index import SampleIndex
+from dc_megatron.config import VisionConfig
+from dc_megatron.data.image_store import open_stores
 from dc_megatron.data.loader import MicroBatches
-from dc_megatron.data.row_plan import RowPlan
 from dc_megatron.errors import UserError
+from dc_megatron.training.data_plan import Data
 
 
 def make_dataset_provider(
-    index: SampleIndex,
-    rows: RowPlan,
-    config: DataConfig,
-    vision: VisionConfig,
-    plan: str,
-    loaders: list[MicroBatches],
-    on_ready: Callable[[], object],
+    data: Data, vision: VisionConfig, loaders: list[MicroBatches], on_ready: Callable[[], object]
 ) -> Callable:
     """``train_valid_test_dataset_provider`` of ``megatron.training.pretrain``; what it makes is added to ``loaders``.
 
-    ``plan`` is this node's plan hash: nodes that found other samples are refused before the first step.
-    ``on_ready`` is called last: the model is there by then, and the first step begins.
+    Nodes that found other samples are refused before the first step. ``on_ready`` is called last: the model is there by
+    then, and the first step begins.
 
     Every rank reads its own rows; pixels are decoded on the first pipeline stage only, and each tensor-parallel rank
     decodes its share.
@@ -35,11 +29,12 @@ def make_dataset_provider(
 
     def provider(train_valid_test_num_samples, vp_stage: int | None = None):
         args = get_args()
-        _refuse_different_plans(plan)
+        _refuse_different_plans(data.plan_hash)
+        decodes = parallel_state.get_pipeline_model_parallel_rank() == 0 and not vp_stage
         loader = MicroBatches(
-            index,
-            rows,
-            config,
+            data.index,
+            data.rows,
+            data.config,
             vision,
             micro_batch_size=args.micro_batch_size,
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
@@ -48,7 +43,8 @@ def make_dataset_provider(
                 parallel_state.get_tensor_model_parallel_rank(),
                 parallel_state.get_tensor_model_parallel_world_size(),
             ),
-            decode_images=parallel_state.get_pipeline_model_parallel_rank() == 0 and not vp_stage,
+            decode_images=decodes,
+            stores=open_stores(data.config.sources, cache=data.folder) if decodes else None,
             start_row=args.consumed_train_samples,
             # Under sequence parallelism every tensor-parallel rank takes an equal piece of a row.
             length_multiple=args.tensor_model_parallel_size,

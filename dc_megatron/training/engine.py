@@ -210,9 +210,7 @@ def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]
 
     pretrain(
         pretrain_cfg_container_from_args(args),
-        make_dataset_provider(
-            data.index, data.rows, data.config, checked.vision, data.plan_hash, loaders, on_ready=on_ready
-        ),
+        make_dataset_provider(data, checked.vision, loaders, on_ready=on_ready),
         ModelType.encoder_or_decoder,
         make_forward_step(device.device(), checked.settings.loss_reduction, counts.add),
         make_model_provider(checked),

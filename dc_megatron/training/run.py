@@ -16,6 +16,7 @@ from dc_megatron.config import (
     image_tiling,
     layer_table,
 )
+from dc_megatron.data.image_store import open_store
 from dc_megatron.data.sources import read_sources
 from dc_megatron.errors import UserError
 from dc_megatron.training.arguments import plan_steps
@@ -89,9 +90,8 @@ def _sources(settings: RunSettings) -> tuple[DataSource, ...]:
     for source in sources:
         if not os.path.isfile(source.data_path):
             raise UserError(f"--data_path {source.data_path}: no such file")
-        location = source.image_folder
-        if location and not location.endswith(".tar") and "://" not in location and not os.path.isdir(location):
-            raise UserError(f"--image_folder {location}: no such folder")
+        if not source.image_folder.endswith(".tar") and "://" not in source.image_folder:
+            open_store(source.image_folder)
     return sources
 
 

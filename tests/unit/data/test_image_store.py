@@ -142,3 +142,16 @@ def test_sources_at_one_location_share_a_store(folder):
     stores = open_stores([DataSource("1.json", here), DataSource("2.json", other), DataSource("3.json", here, 0.5)])
     assert [store.location for store in stores] == [here, other, here]
     assert stores[0] is stores[2]
+
+
+def test_whole_paths_below_the_folder_are_inside_it(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.jpg").write_bytes(b"b")
+    (tmp_path / "c.jpg").write_bytes(b"c")
+    store = FolderStore(str(tmp_path / "a"))
+    assert store.read(str(tmp_path / "a" / "b.jpg")) == b"b"
+    for name in (tmp_path / "c.jpg", tmp_path / "a" / ".." / "c.jpg", "/etc/passwd"):
+        with pytest.raises(UnsafeName):
+            store.read(str(name))
+    # Names of all kinds start from the root.
+    assert FolderStore("/").read(str(tmp_path / "c.jpg")) == b"c"

@@ -14,7 +14,7 @@ def test_files_and_weights():
         DataSource("b.json", "i", 0.5),
     )
     assert read_sources(["a:b.json", "c:2"], ["i", "j"]) == (DataSource("a:b.json", "i"), DataSource("c", "j", 2.0))
-    assert read_sources(["a.json"], []) == (DataSource("a.json", ""),)
+    assert read_sources(["a.json"], []) == (DataSource("a.json", "."),)
 
 
 def test_yaml(tmp_path):
