@@ -17,6 +17,10 @@ _chance = random.Random()
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
+class StoreFailure(OSError):
+    """A store did not do what was asked of it, however often it was asked: no fault of one file."""
+
+
 @dataclass(frozen=True)
 class Retrying:
     """``tries`` in all; waits that double from ``first_wait`` to ``longest_wait`` seconds; ``limit`` seconds a try.
@@ -31,7 +35,7 @@ class Retrying:
     sleep: Callable[[float], None] = time.sleep
 
     def call[Result](self, what: str, function: Callable[[], Result]) -> Result:
-        """``function()``. FINAL errors pass at once; the last try ends in an OSError with ``what`` and the cause."""
+        """``function()``. FINAL errors pass at once; the last try ends in a StoreFailure with ``what`` and why."""
         for attempt in range(1, self.tries + 1):
             try:
                 return _within(self.limit, function)
@@ -45,7 +49,7 @@ class Retrying:
                     "%s: %s; trying again in %.1f s (try %d of %d)", what, _told(cause), wait, attempt + 1, self.tries
                 )
                 self.sleep(wait)
-        raise OSError(f"{what}: failed {self.tries} times, at last with {_told(cause)}") from cause
+        raise StoreFailure(f"{what}: failed {self.tries} times, at last with {_told(cause)}") from cause
 
 
 def _within[Result](seconds: float, function: Callable[[], Result]) -> Result:
