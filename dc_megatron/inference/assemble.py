@@ -6,8 +6,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, layer_table
-from dc_megatron.model.dense_connector import DenseConnector
+from dc_megatron.config import ConnectorConfig, ImageTiling, LanguageConfig, VisionConfig, layer_table
+from dc_megatron.model.dense_connector import DenseConnector, initial_newline
 from dc_megatron.model.language_model import build_language_model
 from dc_megatron.model.multimodal_model import DenseConnectorModel
 from dc_megatron.model.vision_tower import FrozenVisionTower
@@ -27,14 +27,19 @@ def build_model(
     max_sequence_length: int,
     transformer_engine: bool,
     seed: int,
+    tiling: ImageTiling | None = None,
     packed: bool = False,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
     pg_collection: ProcessGroupCollection | None = None,
 ) -> DenseConnectorModel:
-    """This rank's part of the model in fp32 and random weights; tower and connector only where ``pre_process``."""
+    """This rank's part of the model in fp32 and random weights; tower and connector only where ``pre_process``.
+
+    tiling: says whether there is an image_newline; None: there is none.
+    """
     table = layer_table(vision, connector)
+    has_newline = pre_process and tiling is not None and tiling.has_newline
     return DenseConnectorModel(
         build_language_model(
             language,
@@ -52,6 +57,7 @@ def build_model(
         layer_table=table,
         vision_tower=FrozenVisionTower(vision, table) if pre_process else None,
         connector=DenseConnector(vision, connector, language.hidden_size, seed) if pre_process else None,
+        image_newline=initial_newline(language.hidden_size, seed) if has_newline else None,
         packed=packed,
     )
 

@@ -42,3 +42,11 @@ class DenseConnector(nn.Module):
     def forward(self, joined: Tensor) -> Tensor:
         """[..., channels] -> [..., language width]"""
         return self.mlp(joined)
+
+
+def initial_newline(language_width: int, seed: int) -> Tensor:
+    """LLaVA's start of ``image_newline``: float32 [language_width], normal with deviation 1 / sqrt(language_width).
+
+    From ``seed`` alone, so that every layout starts alike.
+    """
+    return torch.randn(language_width, generator=torch.Generator().manual_seed(seed)) * language_width**-0.5

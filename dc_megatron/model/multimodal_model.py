@@ -7,7 +7,11 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
 from torch import Tensor
 
 from dc_megatron.config import LayerTable, image_share
@@ -16,6 +20,7 @@ from dc_megatron.model.loss_head import HeadRequest, head
 from dc_megatron.model.vision_tower import FrozenVisionTower
 
 TRAINABLE_PARTS = ("connector", "llm")
+NEWLINE = "image_newline"
 # Transformer Engine's norms announce a state that never holds anything, torch's norms announce none. Left out of
 # checkpoints, so that either can load what the other saved; the state of the linears (for FP8) both have.
 _IDLE_STATE = "language_model.decoder.final_layernorm._extra_state"
@@ -24,7 +29,10 @@ _IDLE_STATE = "language_model.decoder.final_layernorm._extra_state"
 class DenseConnectorModel(MegatronModule):
     """``vision_tower`` and ``connector`` are None off the first pipeline stage, and are never built there.
 
-    Checkpoint keys: ``language_model.*`` and ``connector.*``; the frozen tower is not saved.
+    image_newline: the start, float32 [h], of the vector that ends every row of patches of an AnyRes picture under
+    spatial_unpad; None off the first stage and without that. It is trained with the connector.
+
+    Checkpoint keys: ``language_model.*``, ``connector.*`` and ``image_newline``; the frozen tower is not saved.
     """
 
     def __init__(
@@ -35,19 +43,22 @@ class DenseConnectorModel(MegatronModule):
         layer_table: LayerTable,
         vision_tower: FrozenVisionTower | None,
         connector: DenseConnector | None,
+        image_newline: Tensor | None = None,
         packed: bool = False,
     ):
         super().__init__(config=language_model.config)
         self.language_model = language_model
         self.vision_tower = vision_tower
         self.connector = connector
+        self.image_newline = None if image_newline is None else torch.nn.Parameter(image_newline)
         self.vocab_size = vocab_size
         self.dense_connector_type = dense_connector_type
         self.layer_table = layer_table
         self.packed = packed
-        # Set where the connector was filled from a projector file, or is to start from random numbers: the next load of
-        # a checkpoint then leaves it alone.
+        # Set where the connector (or image_newline) was filled from a projector file, or is to start from random
+        # numbers: the next load of a checkpoint then leaves it alone.
         self.connector_is_given = False
+        self.newline_is_given = False
         # What megatron-core's schedules and gradient finalisation read of a model.
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
@@ -71,13 +82,15 @@ class DenseConnectorModel(MegatronModule):
         self.language_model.requires_grad_("llm" in parts)
         if self.connector is not None:
             self.connector.requires_grad_("connector" in parts)
+        if self.image_newline is not None:
+            self.image_newline.requires_grad_("connector" in parts)
 
     def forward(self, batch: dict, positions: Tensor | None = None) -> Tensor:
         """One micro-batch (the batch contract of the data room).
 
         Last stage: losses [supervised positions] in fp32, row-major; with ``positions`` (indices into the flattened
         b * s) logits [k, vocab_size] instead. Other stages: hidden states for the next one. ``image_features``
-        [num_images * tokens, h] in the batch stand for pixels that were encoded before.
+        [num_images * tile tokens, h] in the batch stand for pixels that were encoded before.
         """
         embeddings = self._embed(batch) if self.pre_process else None
         request = HeadRequest(
@@ -115,6 +128,9 @@ class DenseConnectorModel(MegatronModule):
             features = batch.get("image_features")
             if features is None:
                 features = self.image_features(batch["pixel_values"], batch["num_images"]).flatten(0, 1)
+            if self.image_newline is not None:
+                # Row num_images * tile tokens of image_feature_index.
+                features = torch.cat([features, self.image_newline.to(features.dtype)[None]])
             length, rows, width = embeddings.shape
             places = batch["image_mask"].flatten().nonzero().squeeze(-1)
             chosen = features.index_select(0, batch["image_feature_index"]).to(embeddings.dtype)
@@ -124,17 +140,20 @@ class DenseConnectorModel(MegatronModule):
             # Every trained parameter must take part in every micro-batch: an overlapped gradient reduction waits for
             # all of a bucket.
             first = next(self.connector.parameters())
-            idle = self.connector(first.new_zeros(1, self.connector.input_size))
-            embeddings = embeddings + idle.sum().to(embeddings.dtype) * 0.0
+            idle = self.connector(first.new_zeros(1, self.connector.input_size)).sum()
+            if self.image_newline is not None:
+                idle = idle + self.image_newline.sum()
+            embeddings = embeddings + idle.to(embeddings.dtype) * 0.0
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
         return embeddings
 
     def image_features(self, pixels: Tensor, num_images: int) -> Tensor:
-        """Features [num_images, tokens, h] of a micro-batch whose images are shared out over the tensor-parallel group.
+        """Features [num_images, tokens, h] of a micro-batch whose tiles are shared out over the tensor-parallel group.
 
-        pixels [k, 3, H, W] is this rank's share (see config.image_share). Frozen features are gathered, the connector
-        then runs on all of them on every rank: its gradients are whole everywhere and need no reduction.
+        num_images counts tiles; pixels [k, 3, H, W] is this rank's share of them (see config.image_share). Frozen
+        features are gathered, the connector then runs on all of them on every rank: its gradients are whole everywhere
+        and need no reduction.
         """
         group = self.pg_collection.tp
         # The first rank's is the widest; the others fill up to it.
@@ -167,6 +186,16 @@ class DenseConnectorModel(MegatronModule):
                     tp_group=self.pg_collection.tp,
                 )
             )
+        if self.image_newline is not None and not self.newline_is_given:
+            state.update(
+                make_sharded_tensors_for_checkpoint(
+                    {NEWLINE: self.image_newline},
+                    prefix,
+                    sharded_offsets=sharded_offsets,
+                    tp_group=self.pg_collection.tp,
+                    dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+                )
+            )
         return state
 
     def state_dict_for_save_checkpoint(self, prefix: str = "", keep_vars: bool = False) -> dict:
@@ -180,6 +209,9 @@ class DenseConnectorModel(MegatronModule):
         if self.connector_is_given:
             own.update(self.connector.state_dict(prefix="connector."))
             self.connector_is_given = False
+        if self.newline_is_given:
+            own[NEWLINE] = self.image_newline.detach()
+            self.newline_is_given = False
         norm = self.language_model.decoder.final_layernorm  # None off the last stage
         if norm is not None and type(norm).get_extra_state is not torch.nn.Module.get_extra_state:
             own[_IDLE_STATE] = None

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-from dc_megatron.config import STI_POOL, ConnectorConfig, VisionConfig, layer_table
+from dc_megatron.config import STI_POOL, ConnectorConfig, ImageTiling, VisionConfig, layer_table
 
 IGNORED_LABEL = -100
 TRAINABLE_SETS = ("connector", "connector,llm")
@@ -33,6 +34,26 @@ def dense_features(hidden_states: tuple[Tensor, ...], vision: VisionConfig, conn
         pooled = [F.avg_pool1d(x.transpose(1, 2), STI_POOL, STI_POOL).transpose(1, 2) for x in lower]
         return torch.cat([final, *pooled], dim=1)
     return torch.cat([final, *lower], dim=2)
+
+
+def merge_tiles(features: Tensor, size: tuple[int, int], tiling: ImageTiling, newline: Tensor | None) -> Tensor:
+    """What the language model sees of one AnyRes picture of ``size`` (width, height) pixels: [positions, h].
+
+    features: [tiles, tokens, h], the whole picture first. The mathematics of LLaVA's llava_arch.py, with tensors that
+    are viewed, permuted, cut and joined; grid and cut are transformers' (which read (height, width)).
+    """
+    if tiling.merge == "flat":
+        return features.flatten(0, 1)
+    whole, grid = features[0], features[1:]
+    pinpoints = [[height, width] for width, height in tiling.pinpoints]
+    rows, columns = get_anyres_image_grid_shape(size[::-1], pinpoints, tiling.tile_size)
+    grid = grid.view(rows, columns, tiling.side, tiling.side, -1)
+    if tiling.merge == "spatial":
+        return torch.cat([whole, grid.permute(0, 2, 1, 3, 4).contiguous().flatten(0, 3)])
+    grid = grid.permute(4, 0, 2, 1, 3).contiguous().flatten(1, 2).flatten(2, 3)
+    grid = unpad_image(grid, size[::-1])
+    grid = torch.cat([grid, newline[:, None, None].expand(*grid.shape[:-1], 1)], dim=-1)
+    return torch.cat([whole, grid.flatten(1, 2).transpose(0, 1)])
 
 
 class ReferenceConnector(nn.Module):
@@ -59,7 +80,8 @@ class ReferenceOutput:
 class ReferenceModel(nn.Module):
     """Frozen tower, dense connector and language model, from Hugging Face folders, in fp32.
 
-    The projector starts from PyTorch's own initialisation; load another with ``connector.load_state_dict``.
+    The projector starts from PyTorch's own initialisation, and AnyRes' ``image_newline`` from LLaVA's; load others with
+    ``load_state_dict``. ``tiling``: where it has pinpoints, batches must carry ``pictures``.
     """
 
     def __init__(
@@ -69,6 +91,7 @@ class ReferenceModel(nn.Module):
         vision: VisionConfig,
         connector: ConnectorConfig,
         attn_implementation: str = "eager",
+        tiling: ImageTiling | None = None,
     ):
         super().__init__()
         self.vision = vision
@@ -79,6 +102,10 @@ class ReferenceModel(nn.Module):
         self.language_model = AutoModelForCausalLM.from_pretrained(language_folder, **options)
         hidden_size = self.language_model.config.hidden_size
         self.connector = ReferenceConnector(connector.input_size(vision), hidden_size)
+        self.tiling = tiling
+        self.image_newline = None
+        if tiling is not None and tiling.has_newline:
+            self.image_newline = nn.Parameter(torch.randn(hidden_size) / hidden_size**0.5)
         self.set_trainable("connector")
 
     def set_trainable(self, trainable: str) -> None:
@@ -86,6 +113,8 @@ class ReferenceModel(nn.Module):
         assert trainable in TRAINABLE_SETS, f"trainable is '{trainable}'; the reference knows {TRAINABLE_SETS}"
         self.vision_tower.requires_grad_(False)
         self.connector.requires_grad_(True)
+        if self.image_newline is not None:
+            self.image_newline.requires_grad_(True)
         self.language_model.requires_grad_("llm" in trainable)
 
     def train(self, mode: bool = True) -> ReferenceModel:
@@ -129,6 +158,17 @@ class ReferenceModel(nn.Module):
         mask = batch["image_mask"]
         if not mask.any():
             return embeddings
-        features = self.connector_features(batch["pixel_values"]).flatten(0, 1)
-        placed = features[batch["image_feature_index"]]
+        features = self.connector_features(batch["pixel_values"])
+        if self.tiling is not None and self.tiling.pinpoints:
+            # The pictures stand in the rows in their order, each whole.
+            placed = torch.cat(self._merged(features, batch["pictures"]))
+        else:
+            placed = features.flatten(0, 1)[batch["image_feature_index"]]
         return embeddings.masked_scatter(mask[..., None], placed)
+
+    def _merged(self, features: Tensor, pictures: list) -> list[Tensor]:
+        split = features.split([picture.tiles for picture in pictures])
+        return [
+            merge_tiles(tiles, (picture.width, picture.height), self.tiling, self.image_newline)
+            for tiles, picture in zip(split, pictures, strict=True)
+        ]

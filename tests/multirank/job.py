@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dc_megatron.config import ImageTiling
+
 
 @dataclass(frozen=True)
 class Job:
-    """One training run on one layout. ``micro_batches`` holds all micro-batches of the global batch, a list a step."""
+    """One training run on one layout. ``micro_batches`` holds all micro-batches of the global batch, a list a step.
+
+    ``connector_state`` holds an ``image_newline`` as well where ``tiling`` has one.
+    """
 
     language_folder: str
     vision_folder: str
@@ -28,3 +33,4 @@ class Job:
     loss_reduction: str = "token"
     connector_state: dict = field(default_factory=dict)
     fault: str | None = None
+    tiling: ImageTiling | None = None

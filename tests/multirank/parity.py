@@ -49,8 +49,10 @@ def make_step(counts: list[list[int]], vision: VisionConfig, connector: Connecto
     ]
 
 
-def connector_state(vision: VisionConfig, connector: ConnectorConfig, width: int) -> dict[str, torch.Tensor]:
-    """Projector weights that are neither implementation's default."""
+def connector_state(
+    vision: VisionConfig, connector: ConnectorConfig, width: int, newline: bool = False
+) -> dict[str, torch.Tensor]:
+    """Projector weights, and an ``image_newline``, that are neither implementation's default."""
     generator = torch.Generator().manual_seed(11)
     size = connector.input_size(vision)
     shapes = {
@@ -58,6 +60,7 @@ def connector_state(vision: VisionConfig, connector: ConnectorConfig, width: int
         "mlp.0.bias": (width,),
         "mlp.2.weight": (width, width),
         "mlp.2.bias": (width,),
+        **({"image_newline": (width,)} if newline else {}),
     }
     return {name: torch.randn(*shape, generator=generator) * 0.05 for name, shape in shapes.items()}
 
@@ -65,8 +68,12 @@ def connector_state(vision: VisionConfig, connector: ConnectorConfig, width: int
 def run_reference(job: Job) -> dict:
     """Losses by step, first-step gradients, start and end parameters of ``job`` in plain Hugging Face / PyTorch."""
     vision = VisionConfig.from_folder(job.vision_folder)
-    model = ReferenceModel(job.vision_folder, job.language_folder, vision, ConnectorConfig(job.connector_type))
-    model.connector.load_state_dict(job.connector_state)
+    connector = ConnectorConfig(job.connector_type)
+    model = ReferenceModel(job.vision_folder, job.language_folder, vision, connector, tiling=job.tiling)
+    state = dict(job.connector_state)
+    if model.image_newline is not None:
+        model.image_newline.data.copy_(state.pop("image_newline"))
+    model.connector.load_state_dict(state)
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
     steps = train(model, job.micro_batches, Recipe(learning_rate=job.lr, trainable=job.trainable))
     return {
@@ -94,7 +101,7 @@ def merge(job: Job, results: list[dict], what: str) -> dict[str, torch.Tensor]:
     full = {}
     for name, by_rank in shards.items():
         ordered = [by_rank[rank] for rank in range(job.tensor)]
-        if name.startswith("connector."):
+        if name.startswith(("connector.", "image_newline")):
             for other in ordered[1:]:
                 assert torch.equal(ordered[0], other), f"{name} differs between tensor-parallel ranks"
             full[name] = ordered[0]

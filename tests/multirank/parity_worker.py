@@ -64,6 +64,7 @@ def build(job: Job):
             max_sequence_length=2048,
             transformer_engine=False,
             seed=1,
+            tiling=job.tiling,
             packed=job.packed,
             pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -72,15 +73,22 @@ def build(job: Job):
         load_language_model(model, language, rows)
         load_vision_tower(model, vision, connector)
         if model.connector is not None and job.connector_state:
-            model.connector.load_state_dict(job.connector_state)
+            _load_connector(model, job.connector_state)
         model.set_trainable(set(job.trainable.split(",")))
         _seed_fault(job.fault, model)
         chunks.append(model)
     return config, chunks
 
 
+def _load_connector(model, state: dict) -> None:
+    state = dict(state)
+    if model.image_newline is not None:
+        model.image_newline.data.copy_(state.pop("image_newline"))
+    model.connector.load_state_dict(state)
+
+
 def _named_tensors(chunks: list, of) -> dict:
-    """Language-model tensors by global name and connector tensors by ``connector.*``, where ``of`` gives one."""
+    """Language-model tensors by global name, ``connector.*`` and ``image_newline``, where ``of`` gives one."""
     found = {}
     for model in chunks:
         for name, parameter in model.language_model.named_parameters():
@@ -90,6 +98,8 @@ def _named_tensors(chunks: list, of) -> dict:
             for name, parameter in model.connector.named_parameters():
                 if of(parameter) is not None:
                     found[f"connector.{name}"] = of(parameter).detach().float().clone()
+        if model.image_newline is not None and of(model.image_newline) is not None:
+            found["image_newline"] = of(model.image_newline).detach().float().clone()
     return found
 
 
