@@ -7,7 +7,7 @@ takes its pipeline with it, which is built anew in 2 ms, and only that image goe
 
 from __future__ import annotations
 
-import io
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -16,19 +16,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
-from PIL import Image
 
 from dc_megatron.config import ImageTiling, VisionConfig
-from dc_megatron.data.image_loading import LOAD_ERRORS, ImageLoader, ImageRequest
-from dc_megatron.data.image_reference import check_indexed_size, open_image
+from dc_megatron.data.image_loading import ImageLoader, ImageRequest
+from dc_megatron.data.image_reference import check_indexed_size, geometry
 from dc_megatron.data.image_resizing import Pixels, fill_tiles
+from dc_megatron.data.image_sniffing import plain_size
+
+logger = logging.getLogger(__name__)
 
 # DALI keeps buffers for the largest picture it ever saw; larger ones are PIL's.
 MAX_DALI_PIXELS = 1 << 25
 # Pictures that a GPU decodes at once.
 GPU_GROUP = 16
-# JPEG frames that DALI decodes: baseline, extended and progressive, all in Huffman code.
-_HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
 
 
 @pipeline_def(prefetch_queue_depth=1, exec_async=False, exec_pipelined=False)
@@ -47,7 +47,7 @@ def _pipeline(device: str):
 
 @dataclass(frozen=True)
 class _Plain:
-    """An image that DALI takes: its bytes, (height, width) from its header, and where its tiles go."""
+    """An image that DALI takes: its bytes, (width, height) from its header, and where its tiles go."""
 
     request: ImageRequest
     data: bytes
@@ -92,45 +92,48 @@ class DaliImageLoader(ImageLoader):
         ]
 
     def _size(self, request: ImageRequest, data: bytes | None) -> tuple[int, int] | None:
-        """(height, width) of an image that DALI decodes as PIL does, else None; nothing is decoded for that."""
+        """(width, height) of an image that DALI is to decode, else None; nothing is decoded for that."""
         if data is None or request.key in self._refused:
             return None
+        size = plain_size(data)
+        if size is None or size[0] * size[1] > MAX_DALI_PIXELS:
+            return None
         try:
-            with open_image(io.BytesIO(data)) as image:
-                if self.aspect_ratio == "anyres":
-                    check_indexed_size(image.width, image.height, request.picture)
-                alike = image.width * image.height <= MAX_DALI_PIXELS and decodes_alike(image, data)
-                return (image.height, image.width) if alike else None
-        except LOAD_ERRORS:
+            if self.aspect_ratio == "anyres":
+                check_indexed_size(*size, request.picture)
+            else:
+                geometry(*size, self.vision, self.aspect_ratio)
+        except ValueError:
             # The reference meets it again, and says so.
             return None
+        return size
 
     def _load_plain(self, images: list[_Plain]) -> list[_Plain]:
         """Decode and fill; returns those that DALI could decode."""
         if not images:
             return []
+        if getattr(self._own, "pipeline", None) is None:
+            self._own.pipeline = self._built()
         try:
-            decoded = self._run([image.data for image in images])
-        except RuntimeError:
-            # One of them broke, and the pipeline with it.
+            decoded = self._run(self._own.pipeline, [image.data for image in images])
+        except Exception as error:
+            # One of them broke, and the pipeline with it. DALI's own errors are of several types.
             self._own.pipeline = None
             if len(images) == 1:
-                self._refused.add(images[0].request.key)
+                request = images[0].request
+                self._refused.add(request.key)
+                logger.info("image %s: DALI does not decode it, PIL will try (%s)", request.picture.name, error)
                 return []
             return [done for image in images for done in self._load_plain([image])]
         loaded = []
         for image, pixels in zip(images, decoded, strict=True):
-            if tuple(pixels.shape[:2]) == image.size:
-                arguments = (self.vision, self.aspect_ratio, self.tiling, image.request.tiles, image.place)
-                fill_tiles(pixels, *arguments)
+            if tuple(pixels.shape[1::-1]) == image.size:
+                fill_tiles(pixels, self.vision, self.aspect_ratio, self.tiling, image.request.tiles, image.place)
                 loaded.append(image)
         return loaded
 
-    def _run(self, encoded: list[bytes]) -> list[Pixels]:
-        """uint8 [H, W, 3] each, valid until this thread decodes again; RuntimeError where DALI fails on one."""
-        pipeline = getattr(self._own, "pipeline", None)
-        if pipeline is None:
-            pipeline = self._own.pipeline = self._built()
+    def _run(self, pipeline: Pipeline, encoded: list[bytes]) -> list[Pixels]:
+        """uint8 [H, W, 3] each, valid until this thread decodes again."""
         pipeline.feed_input("encoded", [np.frombuffer(data, dtype=np.uint8) for data in encoded])
         (output,) = pipeline.run()
         if self._device == "gpu":
@@ -146,35 +149,3 @@ class DaliImageLoader(ImageLoader):
         pipeline = _pipeline(device, batch_size=self.group, num_threads=1, device_id=number)
         pipeline.build()
         return pipeline
-
-
-def decodes_alike(image: Image.Image, data: bytes) -> bool:
-    """Whether DALI decodes an opened image as PIL does: 8-bit JPEG and PNG in grey or RGB that look whole."""
-    if image.format == "JPEG":
-        # CMYK and RGB-coded JPEGs are read differently. A file without its end marker was cut off (a download that
-        # broke), and would cost a pipeline.
-        return (
-            image.mode in ("RGB", "L")
-            and image.info.get("adobe_transform") in (None, 1)
-            and _frame_marker(data) in _HUFFMAN_FRAMES
-            and data.rstrip(b"\x00").endswith(b"\xff\xd9")
-        )
-    if image.format == "PNG":
-        # IHDR: bit depth at byte 24, colour type at 25 (0 grey, 2 RGB), interlacing at 28.
-        plain = data[24] == 8 and data[25] in (0, 2) and data[28] == 0
-        return plain and "transparency" not in image.info and b"IEND" in data[-64:]
-    return False
-
-
-def _frame_marker(data: bytes) -> int:
-    """The second byte of a JPEG's start-of-frame marker, which says how it is coded; 0 where there is none."""
-    place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker == 0xFF:
-            place += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return marker
-        else:
-            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return 0

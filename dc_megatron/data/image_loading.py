@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from dc_megatron.config import ImageTiling, VisionConfig, one_of
+from dc_megatron.data.array_pool import ArrayPool
 from dc_megatron.data.faults import RecordFault
 from dc_megatron.data.image_reference import DECODE_ERRORS, pixels_of, pixels_of_bytes, substitute
 from dc_megatron.data.picture import Picture
@@ -79,6 +80,7 @@ class ImageLoader(ABC):
         self.tiling = tiling
         self.group = group
         self._blank = torch.from_numpy(substitute(vision))
+        self._results = ArrayPool(np.float32)
         self._warned: set[tuple[int, str]] = set()
         self._warning = threading.Lock()
         self._readers = ThreadPoolExecutor(READERS, "image-reader")
@@ -91,7 +93,7 @@ class ImageLoader(ABC):
         """
         size = self.vision.image_size
         ends = np.cumsum([0, *(len(request.tiles) for request in requests)]).tolist()
-        pixels = torch.empty(ends[-1], 3, size, size)
+        pixels = torch.from_numpy(self._results.take(ends[-1], 3, size, size))
         places = [pixels[start:end] for start, end in itertools.pairwise(ends)]
         # (numbers of requests, what fills their places and gives those of them that failed)
         jobs: list[tuple[list[int], Future]] = []
@@ -99,6 +101,8 @@ class ImageLoader(ABC):
             mine = ([requests[n] for n in numbers], [places[n] for n in numbers])
             jobs.append((numbers, self._decoders.submit(self._load_video, *mine)))
         images = [number for number, request in enumerate(requests) if request.picture.frame < 0]
+        # The largest first, so that the threads finish together.
+        images.sort(key=lambda n: -requests[n].picture.width * requests[n].picture.height)
         reading = {number: self._readers.submit(self._read, requests[number]) for number in images}
         for numbers in (images[start : start + self.group] for start in range(0, len(images), self.group)):
             mine = ([table[n] for n in numbers] for table in (requests, reading, places))

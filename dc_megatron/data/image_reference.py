@@ -51,6 +51,8 @@ def geometry(width: int, height: int, vision: VisionConfig, aspect_ratio: str) -
     target = vision.image_size
     if aspect_ratio == "pad":
         long = max(width, height)
+        if long * long > MAX_PIXELS:
+            raise ValueError(f"an image of {width} x {height} pixels is too large to pad (limit {MAX_PIXELS} pixels)")
         start = (-((width - height) // 2), 0) if width > height else (0, -((height - width) // 2))
         return Geometry(start, (long, long), (target, target), (0, 0))
     if vision.family == "siglip":
@@ -133,7 +135,8 @@ def pixels_of_bytes(data: bytes, *arguments) -> np.ndarray:
 
 
 def check_indexed_size(width: int, height: int, picture: Picture) -> None:
-    """Raise ValueError where an image is not as large as the index says."""
+    """Raise ValueError where an image is not as large as the index says, or ``check_shape`` refuses it."""
+    check_shape(width, height)
     if (width, height) != (picture.width, picture.height):
         raise ValueError(
             f"it has {width} x {height} pixels and had {picture.width} x {picture.height} when it was indexed"

@@ -6,13 +6,17 @@ them, but with vector instructions. On a GPU it resizes in fp32, without roundin
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
 from dc_megatron.config import ImageTiling, VisionConfig
+from dc_megatron.data.array_pool import ArrayPool
 from dc_megatron.data.image_reference import geometry
 
+_own = threading.local()
 # uint8 [H, W, 3]: numpy on the CPU, where torch would start a team of threads for every thread that decodes.
 Pixels = np.ndarray | torch.Tensor
 
@@ -60,7 +64,7 @@ def _on_canvas(pixels: Pixels, size: tuple[int, int], start: tuple[int, int], co
     # Whole rows at a time: copying three bytes at a time takes as long as the resizing.
     row = np.tile(np.array(colour, dtype=np.uint8), size[1])
     if isinstance(pixels, np.ndarray):
-        canvas = np.empty((size[0], 3 * size[1]), dtype=np.uint8)
+        canvas = _canvases().take(size[0], 3 * size[1])
     else:
         row = torch.from_numpy(row).to(pixels.device)
         canvas = pixels.new_empty(size[0], 3 * size[1])
@@ -70,6 +74,13 @@ def _on_canvas(pixels: Pixels, size: tuple[int, int], start: tuple[int, int], co
     canvas[top : top + height, 3 * (left + width) :] = row[3 * (left + width) :]
     canvas[top : top + height, 3 * left : 3 * (left + width)] = pixels.reshape(height, 3 * width)
     return canvas.reshape(*size, 3)
+
+
+def _canvases() -> ArrayPool:
+    """This thread's."""
+    if not hasattr(_own, "canvases"):
+        _own.canvases = ArrayPool(np.uint8)
+    return _own.canvases
 
 
 def _resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
