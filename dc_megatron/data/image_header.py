@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import struct
-import warnings
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from PIL import Image
 
 from dc_megatron.data.faults import RecordFault
 from dc_megatron.data.image_reference import DECODE_ERRORS, open_image
 from dc_megatron.data.image_store import ImageStore, UnsafeName
+from dc_megatron.data.retrying import StoreFailure
+from dc_megatron.errors import UserError
 
 HUGE_PIXELS = 50_000_000
 TINY_EDGE = 8
@@ -46,26 +48,33 @@ NOTES = {
 
 
 def read_header(store: ImageStore, name: str) -> Header:
-    """The header of picture ``name``; RecordFault where it is missing, unsafe, unreadable or too narrow to use."""
+    """The header of picture ``name``; RecordFault where it is missing, unsafe, unreadable or too narrow to use.
+
+    UserError: the store fails. PIL may warn about large pictures and odd EXIF blocks.
+    """
     try:
         file = store.open(name)
+        return _parsed(file, store.where(name))
+    except StoreFailure as error:
+        raise UserError(f"--image_folder {store.location}: {error}; start again when the store answers") from None
     except UnsafeName as error:
         raise RecordFault(RecordFault.UNSAFE_PATH, str(error)) from None
     except FileNotFoundError:
         raise RecordFault(RecordFault.MISSING_IMAGE, f"no file {store.where(name)}") from None
     except OSError as error:
         raise RecordFault(RecordFault.CORRUPT_IMAGE, f"{store.where(name)}: cannot be read: {error}") from None
+
+
+def _parsed(file: BinaryIO, where: str) -> Header:
+    """The header in ``file``, which is closed; ``where`` it lies is said in RecordFaults."""
     with file:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with open_image(file) as image:
-                    width, height = image.size
-                    notes = tuple(_notes(image)) if min(width, height) > 0 else ()
-                    header = Header(width, height, image.format or "", image.mode, notes)
+            with open_image(file) as image:
+                return Header(*image.size, image.format or "", image.mode, tuple(_notes(image)))
+        except StoreFailure:
+            raise
         except DECODE_ERRORS as error:
-            raise RecordFault(RecordFault.CORRUPT_IMAGE, f"{store.where(name)}: {_words(error)}") from None
-    return header
+            raise RecordFault(RecordFault.CORRUPT_IMAGE, f"{where}: {_words(error)}") from None
 
 
 def _notes(image: Image.Image):

@@ -78,7 +78,7 @@ def _build(
     summary = empty_summary(key, config.sources)
     kept = xxhash.xxh3_64()
     with _Files(folder, key) as files:
-        with sample_makers(config, tokenizer, worker_count(workers, sum(sizes))) as makers:
+        with sample_makers(config, tokenizer, folder, worker_count(workers, sum(sizes))) as makers:
             for result in makers.map(_chunks(config)):
                 summary.add(result)
                 files.add(result)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +12,9 @@ import pyarrow as pa
 from dc_megatron.config import DataConfig
 from dc_megatron.data.conversation import render
 from dc_megatron.data.faults import RecordFault
-from dc_megatron.data.image_store import ImageStore, open_stores
+from dc_megatron.data.image_store import open_stores
 from dc_megatron.data.json_stream import Chunk, parse_chunk
-from dc_megatron.data.llava_json import identifier, parse_record
+from dc_megatron.data.llava_json import identifier, image_names, parse_record
 from dc_megatron.data.picture import Picture
 from dc_megatron.data.record_pictures import PictureReader
 from dc_megatron.data.tokenization import TextTokenizer, TokenisedSample, tokenise
@@ -82,19 +83,19 @@ class ChunkResult:
     records: int
     next_start: int
     batch: pa.RecordBatch
-    counts: Counts = field(default_factory=Counts)
-    faults: list[tuple[int, str, str, str]] = field(default_factory=list)
-    notes: list[tuple[int, str, str]] = field(default_factory=list)
+    counts: Counts
+    faults: list[tuple[int, str, str, str]]
+    notes: list[tuple[int, str, str]]
 
 
 class SampleMaker:
-    """Makes samples of the records of ``config.sources``; stores are opened here unless given."""
+    """Makes samples of the records of ``config.sources``. Opens their stores; ``cache``: see ``open_store``."""
 
-    def __init__(self, config: DataConfig, tokenizer: TextTokenizer, stores: Sequence[ImageStore] | None = None):
+    def __init__(self, config: DataConfig, tokenizer: TextTokenizer, cache: str | None = None):
         self._config, self._tokenizer = config, tokenizer
-        stores = open_stores(config.sources) if stores is None else stores
         self._pictures = [
-            PictureReader(store, config.tiling, config.video_frames, number) for number, store in enumerate(stores)
+            PictureReader(store, config.tiling, config.video_frames, number)
+            for number, store in enumerate(open_stores(config.sources, cache=cache))
         ]
 
     def sample(self, record, number: int, source: int = 0) -> TokenisedSample:
@@ -123,24 +124,28 @@ class SampleMaker:
         return sample
 
     def chunk(self, chunk: Chunk, source: int = 0) -> ChunkResult:
-        """All records of a chunk. UserError: what is not JSON."""
+        """All records of a chunk. UserError: what is not JSON, a store that fails."""
         reader, samples = self._pictures[source], []
-        result = ChunkResult(source, chunk.records, chunk.next_start, None)
+        counts, faults, notes = Counts(), [], []
+        records = list(parse_chunk(chunk))
         reader.forget()
-        for number, record in parse_chunk(chunk):
-            reader.notes = []
-            try:
-                sample = self.sample(record, number, source)
-            except RecordFault as fault:
-                result.faults.append((number, identifier(record, number), fault.reason, fault.detail))
-            except RecursionError:
-                result.faults.append((number, str(number), RecordFault.STRUCTURE, "nested too deeply"))
-            else:
-                samples.append(sample)
-                result.counts.add(sample)
-            result.notes += [(number, *note) for note in reader.notes]
-        result.batch = record_batch(samples)
-        return result
+        with warnings.catch_warnings():
+            # Of PIL, about large pictures and odd EXIF blocks.
+            warnings.simplefilter("ignore")
+            reader.read_ahead([name for _, record in records for name in image_names(record)])
+            for number, record in records:
+                reader.notes = []
+                try:
+                    sample = self.sample(record, number, source)
+                except RecordFault as fault:
+                    faults.append((number, identifier(record, number), fault.reason, fault.detail))
+                except RecursionError:
+                    faults.append((number, str(number), RecordFault.STRUCTURE, "nested too deeply"))
+                else:
+                    samples.append(sample)
+                    counts.add(sample)
+                notes += [(number, *note) for note in reader.notes]
+        return ChunkResult(source, chunk.records, chunk.next_start, record_batch(samples), counts, faults, notes)
 
 
 def sample_from_record(

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from dc_megatron.config import DataConfig
+from dc_megatron.data.image_store import open_stores
 from dc_megatron.data.index_samples import ChunkResult, SampleMaker
 from dc_megatron.data.index_worker import read_message, write_message
 from dc_megatron.data.json_stream import Chunk
@@ -38,16 +39,19 @@ def worker_count(workers: int | None, size: int) -> int:
     return 1 if size < _SMALL_BYTES else min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
 
 
-def sample_makers(config: DataConfig, tokenizer: TextTokenizer, count: int) -> _Here | _Pool:
-    """A context manager whose ``map`` turns (source, chunk) pairs into ChunkResults, in order."""
-    return _Here(config, tokenizer) if count == 1 else _Pool(config, tokenizer, count)
+def sample_makers(config: DataConfig, tokenizer: TextTokenizer, cache: str, count: int) -> _Here | _Pool:
+    """A context manager whose ``map`` turns (source, chunk) pairs into ChunkResults, in order.
+
+    cache: the stores' (see ``open_store``). UserError: a store cannot be opened.
+    """
+    return _Here(config, tokenizer, cache) if count == 1 else _Pool(config, tokenizer, cache, count)
 
 
 class _Here:
     """Everything in this process."""
 
-    def __init__(self, config: DataConfig, tokenizer: TextTokenizer):
-        self._maker = SampleMaker(config, tokenizer)
+    def __init__(self, config: DataConfig, tokenizer: TextTokenizer, cache: str):
+        self._maker = SampleMaker(config, tokenizer, cache)
 
     def __enter__(self) -> _Here:
         return self
@@ -62,8 +66,10 @@ class _Here:
 class _Pool:
     """``count`` workers; a thread for each talks to it, so that all wait at the same time."""
 
-    def __init__(self, config: DataConfig, tokenizer: TextTokenizer, count: int):
-        self._setup = pickle.dumps((config, _portable(tokenizer)))
+    def __init__(self, config: DataConfig, tokenizer: TextTokenizer, cache: str, count: int):
+        # What is wrong with a store is said once, and shards are listed once, for all workers.
+        open_stores(config.sources, cache=cache)
+        self._setup = pickle.dumps((config, _portable(tokenizer), cache))
         self._count = count
 
     def __enter__(self) -> _Pool:

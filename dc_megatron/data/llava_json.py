@@ -56,6 +56,14 @@ def identifier(record, index: int) -> str:
     return text[:_LONGEST_IDENTIFIER].encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def image_names(record) -> tuple[str, ...]:
+    """The names in ``image`` of an unchecked record, where there are any."""
+    try:
+        return _names(record, "image") if isinstance(record, dict) else ()
+    except RecordFault:
+        return ()
+
+
 def _names(record: dict, key: str) -> tuple[str, ...]:
     names = record.get(key)
     names = [] if names is None else [names] if isinstance(names, str) else names

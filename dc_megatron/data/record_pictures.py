@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from dc_megatron.config import ImageTiling
 from dc_megatron.data.conversation import IMAGE_MARK, place_image
@@ -15,8 +16,11 @@ from dc_megatron.data.image_header import Header, read_header
 from dc_megatron.data.image_store import ImageStore, UnsafeName
 from dc_megatron.data.llava_json import Record
 from dc_megatron.data.picture import Picture, make_picture
+from dc_megatron.data.retrying import StoreFailure
+from dc_megatron.errors import UserError
 
 VIDEO_MARK = "<video>"
+_REQUESTS_AT_ONCE = 16
 _MARK = re.compile(f"{re.escape(IMAGE_MARK)}|{re.escape(VIDEO_MARK)}")
 
 
@@ -28,12 +32,19 @@ class PictureReader:
 
     def __init__(self, store: ImageStore, tiling: ImageTiling, video_frames: int, source: int = 0):
         self._store, self._tiling, self._video_frames, self._source = store, tiling, video_frames, source
-        self._headers: dict[str, Header] = {}
+        self._headers: dict[str, Header | RecordFault] = {}
         self.notes: list[tuple[str, str]] = []
 
     def forget(self) -> None:
         self._headers.clear()
         self.notes = []
+
+    def read_ahead(self, names: Sequence[str]) -> None:
+        """Read headers of ``names`` side by side where each is a request to somewhere far."""
+        if "://" in self._store.location:
+            names = list(dict.fromkeys(names))
+            with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as threads:
+                self._headers |= zip(names, threads.map(self._header, names), strict=True)
 
     def read(self, record: Record) -> tuple[list, list[Picture]]:
         """(messages, pictures): one ``<image>`` for each picture, in the same order. RecordFault.
@@ -49,9 +60,17 @@ class PictureReader:
     def _image(self, name: str) -> Picture:
         header = self._headers.get(name)
         if header is None:
-            header = self._headers[name] = read_header(self._store, name)
+            header = self._headers[name] = self._header(name)
+        if isinstance(header, RecordFault):
+            raise header
         self.notes += [(name, kind) for kind in header.notes]
         return make_picture(self._tiling, name, header.width, header.height, source=self._source)
+
+    def _header(self, name: str) -> Header | RecordFault:
+        try:
+            return read_header(self._store, name)
+        except RecordFault as fault:
+            return fault
 
     def _video(self, name: str) -> list[Picture]:
         """The frames that are taken of a video file, or of a folder of frames."""
@@ -68,7 +87,9 @@ class PictureReader:
             raise RecordFault(RecordFault.UNSAFE_PATH, str(error)) from None
         except FileNotFoundError:
             raise RecordFault(RecordFault.MISSING_IMAGE, f"no video {self._store.where(name)}") from None
-        except (OSError, ValueError) as error:
+        except StoreFailure as error:
+            raise UserError(f"--image_folder {self._store.location}: {error}; start again when it answers") from None
+        except OSError as error:
             raise RecordFault(RecordFault.CORRUPT_VIDEO, f"{self._store.where(name)}: {error}") from None
         return [
             make_picture(self._tiling, name, width, height, source=self._source, frame=number)
