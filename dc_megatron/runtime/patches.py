@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from dc_megatron.runtime import cpu_device, device, installed, noise
 from dc_megatron.runtime.adam import GroupStepAdam
 from dc_megatron.runtime.listed_classes import with_listed_classes
+from dc_megatron.runtime.rotary import rotating_whole_rows
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,12 @@ CORE_ROWS = [
         with_listed_classes,
         "always",
         "it unpickles .metadata of a checkpoint, whatever that names",
+    ),
+    Patch(
+        "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_thd",
+        rotating_whole_rows,
+        "always",
+        "its backward pass copies a packed row once for every sample in it (see rotary.py)",
     ),
     Patch(
         "megatron.core.optimizer:Adam",
