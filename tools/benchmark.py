@@ -17,6 +17,8 @@ examples:
   python tools/benchmark.py conversion --shape 70b --layers 8 --sparse --folder scratch
   python tools/benchmark.py direct-load --shape 7b --folder scratch --tensor-parallel 2
   python tools/benchmark.py packing --output benchmarks/results/packing.json
+  python tools/benchmark.py index --folder scratch --output benchmarks/results/index.json
+  python tools/benchmark.py packed-training --folder scratch --output benchmarks/results/packed_training.json
   python tools/benchmark.py conversion --help
 """
 
@@ -59,6 +61,30 @@ def run_packing(options: argparse.Namespace) -> tuple[dict, str]:
     return result, as_text(result)
 
 
+def run_packed_training(options: argparse.Namespace) -> tuple[dict, str]:
+    from dc_megatron.benchmark.packed_training import Workload, as_text, benchmark_packed_training
+
+    workload = Workload(
+        per_device=options.per_device,
+        accumulation=options.accumulation,
+        steps=options.steps,
+        tensor_parallel=options.tensor_parallel,
+        seq_length=options.seq_length,
+        samples=options.samples,
+        scale=options.scale,
+    )
+    show = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    result = benchmark_packed_training(options.folder, workload, options.rounds, show)
+    return result, as_text(result)
+
+
+def run_index(options: argparse.Namespace) -> tuple[dict, str]:
+    from dc_megatron.benchmark.data_index import as_text, benchmark_index
+
+    result = benchmark_index(options.samples, options.folder, tuple(options.workers), options.memory_samples)
+    return result, as_text(result)
+
+
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", required=True, metavar="NAME", help="7b, 70b or tiny")
     parser.add_argument("--folder", required=True, metavar="DIR", help="on the disk to measure")
@@ -92,10 +118,45 @@ def add_packing(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_packed_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", required=True, metavar="DIR", help="where models, data and runs are made")
+    sizes = {
+        "rounds": (3, "runs of each kind, in turn"),
+        "steps": (3, "measured in every run, after the first"),
+        "per-device": (16, "LLaVA's samples of a process, and rows of a padded micro-batch"),
+        "accumulation": (2, "LLaVA's gradient accumulation steps"),
+        "tensor-parallel": (1, "processes"),
+        "seq-length": (4096, "positions of a packed row"),
+        "samples": (1000, "records of the data"),
+        "scale": (1, "divides all lengths: 1, 4 or 16"),
+    }
+    for name, (default, what) in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+
+
+def add_index(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", type=int, default=100_000, metavar="N", help="records (default: 100000)")
+    parser.add_argument("--folder", metavar="DIR", help="where the data lies meanwhile (default: a temporary one)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
+    parser.add_argument(
+        "--memory-samples",
+        type=int,
+        default=20_000,
+        metavar="N",
+        help="memory is compared between N texts and ten times as many (default: 20000)",
+    )
+
+
 # name -> (what it measures, its flags, its function)
 BENCHMARKS = {
     "conversion": ("import and export of a checkpoint against cp and sync", add_conversion, run_conversion),
     "packing": ("fill, balance, time and memory of the plan of an epoch", add_packing, run_packing),
+    "packed-training": (
+        "samples a second of training on packed rows against padded rows",
+        add_packed_training,
+        run_packed_training,
+    ),
+    "index": ("speed and memory of the data index", add_index, run_index),
     "direct-load": ("bytes that a rank reads of a Hugging Face folder", add_direct_load, run_direct_load),
 }
 
