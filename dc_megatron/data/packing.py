@@ -17,14 +17,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from dc_megatron.data.epoch_order import random_state
-from dc_megatron.data.row_exchange import deal, exchange
+from dc_megatron.data.row_exchange import deal, exchange, relieve
 
 # Changes with every change of the rows that come out for the same input.
-PACKER_VERSION = 2
+PACKER_VERSION = 1
 WINDOW = 20_000
 # Part of a row, in thousandths, that is tried to be filled at first.
 _FILL = 999
-_EVEN_ROUNDS, _TILE_ROUNDS = 100, 40
+# How often a window is tried, with 0.2 % more rows every time, before the number of rows is searched for.
+_TRIES = 3
+_EVEN_ROUNDS, _RELIEF_ROUNDS, _TILE_ROUNDS = 60, 100, 20
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,15 @@ class _Window:
     def fill(self, expected: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
         """A table of few rows, none above ``seq_length``; how many rows for how many positions to expect next time."""
         fewest = self._rows_for(1000, self._seq_length * _FILL)
-        guesses = [fewest] if expected is None else [fewest, max(fewest, self._rows_for(*expected))]
-        for guess in dict.fromkeys(guesses):
-            table = self._even_rows(guess)
-            if _suffices(guess, table):
-                break
-        else:
-            guess, table = self._search(fewest, table)
-        return table, (guess, self._total)
+        first = fewest if expected is None else max(fewest, self._rows_for(*expected))
+        # Not remembered for the next window: a little more for every unlucky one would add up.
+        for more in range(_TRIES):
+            rows = first + 2 * more * first // 1000
+            table = self._even_rows(rows)
+            if _suffices(rows, table):
+                return table, expected or (rows, self._total)
+        rows, table = self._search(fewest, table)
+        return table, (rows, self._total)
 
     def _rows_for(self, rows: int, positions: int) -> int:
         return max(1, min(self._count, -(-self._total * rows // positions)))
@@ -121,16 +124,15 @@ class _Window:
     def _search(self, low: int, best: np.ndarray) -> tuple[int, np.ndarray]:
         """Bisect the number of rows between ``low``, too few, and those of ``best`` or of best-fit decreasing."""
         plain = best_fit(range(self._count), self._lengths.tolist(), self._seq_length, [])
-        if len(plain) < len(best):
+        # Its rows of many short samples have many tiles, which a few rows fewer are not worth.
+        if len(plain) < 0.99 * len(best):
             best = self._alike_in_tiles(plain)
         high = len(best)
-        while high - low > max(1, high // 200):
+        while high - low > max(1, high // 500):
             middle = (low + high) // 2
             table = self._even_rows(middle)
-            if len(table) < len(best):
-                best = table
             if _suffices(middle, table):
-                high = middle
+                best, high = table, middle
             else:
                 low = middle
         return high, best
@@ -140,6 +142,7 @@ class _Window:
         table = deal(self._lengths, rows)
         worth = self._tokens_per_tile // 25
         exchange(table, self._lengths, self._tiles, self._state, rounds=_EVEN_ROUNDS, tile_worth=worth)
+        relieve(table, self._lengths, self._state, limit=self._seq_length, rounds=_RELIEF_ROUNDS, patience=20)
         kept = [[place for place in row if place < self._count] for row in table.tolist()]
         lengths = self._lengths.tolist()
         moved = [place for row in kept for place in _overhang(row, lengths, self._seq_length)]
@@ -162,7 +165,8 @@ class _Window:
 
 
 def _suffices(rows: int, table: np.ndarray) -> bool:
-    return len(table) <= rows + rows // 200
+    """Whether the table has ``rows`` rows or nearly so."""
+    return len(table) <= rows + rows // 1000
 
 
 def _overhang(row: list[int], lengths: list[int], limit: int) -> list[int]:

@@ -79,3 +79,34 @@ def _pairs(load: np.ndarray, number: int, state: np.random.RandomState) -> tuple
     upper, lower = order[:half], order[::-1][:half]
     # Every other time not the very fullest with the very emptiest, which have met before.
     return upper, lower if number % 4 == 1 else lower[state.permutation(half)]
+
+
+def relieve(
+    table: np.ndarray, lengths: np.ndarray, state: np.random.RandomState, *, limit: int, rounds: int, patience: int
+) -> None:
+    """Bring rows above ``limit`` positions down, in place, by swaps with rows below it; what cannot be done stays.
+
+    Every round each of them meets another row; over after ``patience`` rounds without a swap.
+    """
+    slots = table.shape[1]
+    first, second = np.arange(slots), np.arange(slots)
+    sums, idle = lengths[table].sum(axis=1), 0
+    for _ in range(rounds):
+        above, below = np.flatnonzero(sums > limit), np.flatnonzero(sums < limit)
+        pairs = min(len(above), len(below))
+        if not pairs or idle == patience:
+            return
+        above, below = state.permutation(above)[:pairs], state.permutation(below)[:pairs]
+        if slots > _SLOTS:
+            first, second = state.permutation(slots)[:_SLOTS], state.permutation(slots)[:_SLOTS]
+        ours, theirs = table[above[:, None], first], table[below[:, None], second]
+        length = (lengths[ours][:, :, None] - lengths[theirs][:, None, :]).reshape(pairs, -1)
+        excess = np.maximum(sums[above][:, None] - length, limit) + np.maximum(sums[below][:, None] + length, limit)
+        best = excess.argmin(axis=1)
+        gained = np.flatnonzero(excess[np.arange(pairs), best] < sums[above] + limit)
+        idle = 0 if len(gained) else idle + 1
+        best, above, below = best[gained], above[gained], below[gained]
+        at, to = first[best // len(second)], second[best % len(second)]
+        table[above, at], table[below, to] = table[below, to], table[above, at]
+        sums[above] -= length[gained, best]
+        sums[below] += length[gained, best]
