@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import BinaryIO
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -12,7 +14,7 @@ _LETTERS_A_LINE = 52
 _MOST_LINES = 4
 
 
-def picture_with_words(file: str, words: str) -> np.ndarray:
+def picture_with_words(file: str | BinaryIO, words: str) -> np.ndarray:
     """uint8 [H, W, 3]: the picture, scaled to the page, with the words on a strip below it.
 
     A file that cannot be decoded gives a blank picture that says so.

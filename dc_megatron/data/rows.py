@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dc_megatron.config import ImageTiling
+from dc_megatron.data.picture import Picture
 from dc_megatron.data.tile_positions import feature_positions
 from dc_megatron.data.tokenization import IGNORE, IMAGE_ID, TokenisedSample, image_widths
 
@@ -37,22 +38,18 @@ def assemble(rows: Sequence[Sequence[TokenisedSample]], seq_length: int, tiling:
     (0 here).
     """
     columns = _Columns(len(rows), seq_length)
-    pictures, index, boundaries, tiles = [], [np.zeros(0, dtype=np.int64)], [0], 0
+    pictures, boundaries = [], [0]
     for row, samples in enumerate(rows):
         position = 0
         for sample in samples:
             columns.place(row, position, sample)
             position += sample.length
             boundaries.append(row * seq_length + position)
-            for picture in sample.images:
-                index.append(feature_positions(tiling, picture, tiles))
-                tiles += picture.tiles
             pictures += sample.images
         if position < seq_length:
             columns.position_ids[row, position:] = np.arange(seq_length - position)
             boundaries.append((row + 1) * seq_length)
-    positions = np.concatenate(index)
-    feature_index = np.where(positions < 0, tiles * tiling.tile_tokens, positions)
+    feature_index, tiles = feature_rows(pictures, tiling)
     return {
         "input_ids": torch.from_numpy(columns.input_ids),
         "labels": torch.from_numpy(columns.labels),
@@ -73,6 +70,16 @@ def assemble(rows: Sequence[Sequence[TokenisedSample]], seq_length: int, tiling:
             "substituted_images": 0,
         },
     }
+
+
+def feature_rows(pictures: Sequence[Picture], tiling: ImageTiling) -> tuple[np.ndarray, int]:
+    """(image_feature_index, num_images) of a batch whose pictures these are, in the order of their positions."""
+    index, tiles = [np.zeros(0, dtype=np.int64)], 0
+    for picture in pictures:
+        index.append(feature_positions(tiling, picture, tiles))
+        tiles += picture.tiles
+    positions = np.concatenate(index)
+    return np.where(positions < 0, tiles * tiling.tile_tokens, positions), tiles
 
 
 class _Columns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dc_megatron.config import CONNECTOR_TYPES, IMAGE_ASPECT_RATIOS, TEMPLATES
+from dc_megatron.config import CONNECTOR_TYPES, IMAGE_ASPECT_RATIOS, MERGE_TYPES, TEMPLATES
 from dc_megatron.inference.source import Source
 
 
@@ -26,6 +26,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "mm_vision_select_layer", type=int, metavar="N", help="default: -2")
     add_flag(group, "version", default="", choices=("", *TEMPLATES), help="conversation template")
     add_flag(group, "image_aspect_ratio", default="", choices=("", *IMAGE_ASPECT_RATIOS), help="default: pad")
+    add_flag(group, "image_grid_pinpoints", default="", metavar="LIST", help="anyres: default LLaVA-1.6's")
+    add_flag(group, "mm_patch_merge_type", default="", choices=("", *MERGE_TYPES), help="anyres: spatial_unpad")
     add_flag(group, "tensor_model_parallel_size", type=int, default=1, metavar="N", help="start with torchrun")
     add_flag(group, "pipeline_model_parallel_size", type=int, default=1, metavar="N", help="start with torchrun")
     group.add_argument("--bf16", action="store_true", help="compute in bf16 (default: fp32)")
@@ -44,6 +46,8 @@ def source_of(options: argparse.Namespace) -> Source:
         select_layer=options.mm_vision_select_layer,
         version=options.version,
         image_aspect_ratio=options.image_aspect_ratio,
+        image_grid_pinpoints=options.image_grid_pinpoints,
+        mm_patch_merge_type=options.mm_patch_merge_type,
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
         bf16=options.bf16,

@@ -8,10 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dc_megatron.config import image_share
+from dc_megatron.config import ImageTiling, image_share
 from dc_megatron.data.conversation import stop_text
-from dc_megatron.data.image_loading import image_loader
+from dc_megatron.data.faults import RecordFault
+from dc_megatron.data.image_header import read_header
+from dc_megatron.data.image_loading import image_loader, tile_requests
+from dc_megatron.data.image_store import FolderStore, ImageStore
+from dc_megatron.data.picture import Picture, make_picture
+from dc_megatron.data.rows import feature_rows
 from dc_megatron.data.tokenization import TextTokenizer, check_largest_id, encode_prompt
+from dc_megatron.errors import UserError
 from dc_megatron.inference.session import Runner
 
 
@@ -43,34 +49,50 @@ def answer(
     A token costs a forward pass over the whole row: nothing is kept between tokens but the features of the pictures.
     """
     resolved = session.resolved
+    store = FolderStore("")
+    pictures = [[_picture(store, path, resolved.tiling) for path in question.images] for question in questions]
     prompts = [
-        encode_prompt(tokenizer, resolved.version, question.text, len(question.images), resolved.tokens_per_image)
-        for question in questions
+        encode_prompt(tokenizer, resolved.version, question.text, [picture.tokens for picture in own])
+        for question, own in zip(questions, pictures, strict=True)
     ]
-    files = [image for question in questions for image in question.images]
-    return continue_prompts(session, tokenizer, prompts, files, max_new_tokens, image_backend)
+    together = [picture for own in pictures for picture in own]
+    return continue_prompts(session, tokenizer, prompts, together, [store], max_new_tokens, image_backend)
+
+
+def _picture(store: ImageStore, path: str, tiling: ImageTiling) -> Picture:
+    try:
+        header = read_header(store, path)
+    except RecordFault as fault:
+        raise UserError(f"{path}: {fault.reason}: {fault.detail}") from None
+    return make_picture(tiling, path, header.width, header.height)
 
 
 def continue_prompts(
     session: Runner,
     tokenizer: TextTokenizer,
     prompts: Sequence[tuple[Sequence[int], Sequence[bool]]],
-    files: Sequence[str],
+    pictures: Sequence[Picture],
+    stores: Sequence[ImageStore],
     max_new_tokens: int,
     image_backend: str = "auto",
 ) -> list[str]:
     """As ``answer`` for prompts that are tokenised: (ids, image mask) each, and all pictures in their order.
 
-    Raises UserError for a token id that the model has not.
+    stores: of the pictures' sources. Raises UserError for a token id that the model has not.
     """
     resolved = session.resolved
     largest = max((token for ids, _ in prompts for token in ids), default=0)
     check_largest_id(largest, resolved.language.vocab_size, tokenizer.folder, "a question")
     rows = [_Row(list(ids), list(mask), []) for ids, mask in prompts]
     stops = _stop_ids(tokenizer, resolved.version)
-    features = _features(session, files, image_backend)
+    index, tiles = feature_rows(pictures, resolved.tiling)
+    images = {
+        "image_features": _features(session, pictures, stores, tiles, image_backend),
+        "image_feature_index": torch.from_numpy(index),
+        "num_images": tiles,
+    }
     for _ in range(max_new_tokens):
-        _append(rows, _next_tokens(session, rows, features, len(files)).tolist(), stops)
+        _append(rows, _next_tokens(session, rows, images).tolist(), stops)
         if all(row.done for row in rows):
             break
     text = [tokenizer.decode(row.answer) for row in rows]
@@ -87,26 +109,26 @@ def _stop_ids(tokenizer: TextTokenizer, version: str) -> set[int]:
     return ids | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set())
 
 
-def _features(session: Runner, files: Sequence[str], image_backend: str) -> Tensor | None:
-    """Features [n * tokens, h] of all pictures on the first stage; each tensor-parallel rank encodes its share."""
+def _features(
+    session: Runner, pictures: Sequence[Picture], stores: Sequence[ImageStore], tiles: int, image_backend: str
+) -> Tensor | None:
+    """Features [tiles * tile tokens, h] on the first stage; every tensor-parallel rank encodes its share of tiles."""
     model = session.unwrapped
-    if model.connector is None or not files:
+    if model.connector is None or not pictures:
         return None
     resolved = session.resolved
-    loader = image_loader(image_backend, resolved.vision, resolved.image_aspect_ratio)
+    loader = image_loader(image_backend, resolved.vision, resolved.image_aspect_ratio, resolved.tiling)
     group = model.pg_collection.tp
-    share = image_share(len(files), group.rank(), group.size())
-    pixels, _ = loader.load(files[share.start : share.stop])
+    share = image_share(tiles, group.rank(), group.size())
+    pixels, _ = loader.load(tile_requests(pictures, stores, share))
     with torch.no_grad():
-        return model.image_features(pixels.to(session.device), len(files)).flatten(0, 1)
+        return model.image_features(pixels.to(session.device), tiles).flatten(0, 1)
 
 
-def _next_tokens(session: Runner, rows: list[_Row], features: Tensor | None, images: int) -> Tensor:
-    """int64 [rows]: the likeliest next token of every row, on all ranks."""
+def _next_tokens(session: Runner, rows: list[_Row], images: dict) -> Tensor:
+    """int64 [rows]: the likeliest next token of every row, on all ranks. ``images``: that part of the batch."""
     batch, ends = _batch(rows, session.resolved.source.tensor_model_parallel_size)
-    batch["image_features"] = features
-    batch["num_images"] = images
-    logits = session.forward(batch, positions=ends)
+    logits = session.forward({**batch, **images}, positions=ends)
     chosen = torch.zeros(len(rows), dtype=torch.int64, device=session.device)
     if logits is not None:
         chosen = logits.argmax(dim=-1)
@@ -137,5 +159,4 @@ def _batch(rows: list[_Row], multiple: int) -> tuple[dict, Tensor]:
         "input_ids": ids,
         "position_ids": torch.arange(length).expand(len(rows), -1),
         "image_mask": mask,
-        "image_feature_index": torch.arange(int(mask.sum())),
     }, ends

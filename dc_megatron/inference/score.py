@@ -9,10 +9,12 @@ import tempfile
 import torch
 
 from dc_megatron.config import DataConfig, image_share
-from dc_megatron.data.image_loading import image_loader
+from dc_megatron.data.image_loading import image_loader, tile_requests
+from dc_megatron.data.image_store import open_stores
 from dc_megatron.data.index import SampleIndex
 from dc_megatron.data.index_waiting import build_or_wait
-from dc_megatron.data.rows import assemble
+from dc_megatron.data.rows import assemble, row_length
+from dc_megatron.data.sources import read_sources
 from dc_megatron.inference.session import Runner, Session
 from dc_megatron.inference.source import Source, resolve
 
@@ -34,14 +36,13 @@ def score_file(
     resolved = resolve(source)
     length = model_max_length or resolved.model_max_length or 2048
     config = DataConfig(
-        data_path=data_path,
-        image_folder=image_folder,
+        sources=read_sources([data_path], [image_folder] if image_folder else []),
         tokenizer_path=os.path.join(source.load, "hf") if source.load else source.model_name_or_path,
         version=resolved.version,
         image_aspect_ratio=resolved.image_aspect_ratio,
         model_max_length=length,
         seq_length=length,
-        tokens_per_image=resolved.tokens_per_image,
+        tiling=resolved.tiling,
         order="sequential",
         image_backend=image_backend,
         max_bad_sample_rate=max_bad_sample_rate,
@@ -74,13 +75,14 @@ def score(session: Runner, index: SampleIndex, config: DataConfig, rows: int = 8
     from megatron.core import parallel_state
 
     data_rank, data_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    loader = None
+    loader, stores = None, open_stores(config.sources)
     if session.unwrapped.connector is not None:
-        loader = image_loader(config.image_backend, session.resolved.vision, config.image_aspect_ratio)
+        vision = session.resolved.vision
+        loader = image_loader(config.image_backend, vision, config.image_aspect_ratio, config.tiling)
     mine = []
     for first in range(data_rank * rows, len(index), rows * data_size):
         samples = [index[number] for number in range(first, min(first + rows, len(index)))]
-        mine += _score_rows(session, samples, config, loader)
+        mine += _score_rows(session, samples, config, loader, stores)
     everyone = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     if torch.distributed.get_rank():
@@ -88,12 +90,11 @@ def score(session: Runner, index: SampleIndex, config: DataConfig, rows: int = 8
     return sorted((entry for part in everyone for entry in part), key=lambda entry: entry["index"])
 
 
-def _score_rows(session: Runner, samples: list, config: DataConfig, loader) -> list[dict]:
+def _score_rows(session: Runner, samples: list, config: DataConfig, loader, stores) -> list[dict]:
     """Entries of some samples, on the first tensor-parallel rank of the last stage; elsewhere none."""
-    multiple = session.resolved.source.tensor_model_parallel_size
-    length = -(-max(sample.length for sample in samples) // multiple) * multiple
-    batch = assemble(samples, length, config.tokens_per_image)
-    batch["pixel_values"] = _pixels(session, config, samples, loader)
+    rows = [[sample] for sample in samples]
+    batch = assemble(rows, row_length(rows, session.resolved.source.tensor_model_parallel_size), config.tiling)
+    batch["pixel_values"] = _pixels(session, batch, loader, stores)
     losses = session.forward(batch)
     group = session.unwrapped.pg_collection.tp
     if losses is None or group.rank():
@@ -114,14 +115,13 @@ def _score_rows(session: Runner, samples: list, config: DataConfig, loader) -> l
     return entries
 
 
-def _pixels(session: Runner, config: DataConfig, samples: list, loader) -> torch.Tensor | None:
-    """This tensor-parallel rank's share of the pictures; None off the first stage."""
+def _pixels(session: Runner, batch: dict, loader, stores) -> torch.Tensor | None:
+    """This tensor-parallel rank's share of the tiles; None off the first stage."""
     if loader is None:
         return None
-    files = [os.path.join(config.image_folder, name) for sample in samples for name in sample.images]
     group = session.unwrapped.pg_collection.tp
-    share = image_share(len(files), group.rank(), group.size())
-    pixels, _ = loader.load(files[share.start : share.stop])
+    share = image_share(batch["num_images"], group.rank(), group.size())
+    pixels, _ = loader.load(tile_requests(batch["pictures"], stores, share))
     return pixels
 
 

@@ -103,13 +103,15 @@ def _build(resolved: Resolved, seed: int):
         max_sequence_length=resolved.language.max_position_embeddings,
         transformer_engine=engine,
         seed=seed,
+        tiling=resolved.tiling,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
     assemble.load_vision_tower(model, resolved.vision, resolved.connector)
     if source.projector:
         type_named = bool(source.dense_connector_type)
-        assemble.load_projector(model, source.projector, resolved.vision, resolved.connector, type_named)
+        newline = "required" if resolved.tiling.has_newline else "none"
+        assemble.load_projector(model, source.projector, resolved.vision, resolved.connector, type_named, newline)
     if resolved.iteration_folder:
         # A projector beside a checkpoint: the checkpoint is a language model that was imported alone.
         model.connector_is_given = bool(source.projector) and model.connector is not None

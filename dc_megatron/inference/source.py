@@ -5,7 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, check_parallel_layout, image_tokens
+from dc_megatron.config import (
+    ConnectorConfig,
+    ImageTiling,
+    LanguageConfig,
+    VisionConfig,
+    check_parallel_layout,
+    image_tiling,
+    tiling_of_flags,
+)
 from dc_megatron.errors import UserError
 from dc_megatron.weights import checkpoint_folder
 
@@ -26,6 +34,8 @@ class Source:
     select_layer: int | None = None
     version: str = ""
     image_aspect_ratio: str = ""
+    image_grid_pinpoints: str = ""
+    mm_patch_merge_type: str = ""
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     bf16: bool = False
@@ -41,12 +51,9 @@ class Resolved:
     connector: ConnectorConfig
     version: str
     image_aspect_ratio: str
+    tiling: ImageTiling
     iteration_folder: str
     model_max_length: int | None
-
-    @property
-    def tokens_per_image(self) -> int:
-        return image_tokens(self.vision, self.connector)
 
 
 def resolve(source: Source) -> Resolved:
@@ -66,14 +73,16 @@ def _resolve_checkpoint(source: Source) -> Resolved:
         raise UserError(
             f"--load {source.load}: holds no complete checkpoint" + (f" of step {step}" if step is not None else "")
         )
-    tower = _tower(source, described)
+    vision = VisionConfig.from_folder(_tower(source, described))
+    connector = _connector(source, described)
     return Resolved(
         source=source,
         language=LanguageConfig.from_folder(os.path.join(source.load, "hf"), "--load"),
-        vision=VisionConfig.from_folder(tower),
-        connector=_connector(source, described),
+        vision=vision,
+        connector=connector,
         version=source.version or described.version or _missing(source, "--version", "conversation template"),
         image_aspect_ratio=source.image_aspect_ratio or described.image_aspect_ratio or "pad",
+        tiling=_tiling(source, described, vision, connector),
         iteration_folder=tree.path,
         model_max_length=described.model_max_length,
     )
@@ -111,6 +120,33 @@ def _tower(source: Source, described: checkpoint_folder.CheckpointDescription) -
     return tower
 
 
+def _tiling(
+    source: Source,
+    described: checkpoint_folder.CheckpointDescription,
+    vision: VisionConfig,
+    connector: ConnectorConfig,
+) -> ImageTiling:
+    """The checkpoint's tiling: how tiles are joined was learned."""
+    was = "anyres" if described.image_grid_pinpoints else described.image_aspect_ratio
+    if was and source.image_aspect_ratio and "anyres" in {was, source.image_aspect_ratio} != {"anyres"}:
+        raise UserError(
+            f"--image_aspect_ratio {source.image_aspect_ratio}: {source.load} was trained with {was}; leave it out"
+        )
+    for flag in ("image_grid_pinpoints", "mm_patch_merge_type"):
+        if getattr(source, flag) and was:
+            raise UserError(f"--{flag}: --load says how its pictures are cut; leave the flag out")
+    if not was:
+        return tiling_of_flags(
+            vision,
+            connector,
+            source.image_aspect_ratio or "pad",
+            source.image_grid_pinpoints,
+            source.mm_patch_merge_type,
+        )
+    pinpoints = tuple((width, height) for width, height in described.image_grid_pinpoints or ())
+    return image_tiling(vision, connector, pinpoints, described.merge_type)
+
+
 def _missing(source: Source, flag: str, what: str) -> str:
     raise UserError(
         f"--load {source.load}: holds a language model alone, and {flag} is missing: give --vision_tower,"
@@ -129,13 +165,19 @@ def _resolve_folders(source: Source) -> Resolved:
                 f"{flag} is missing: give --load DIR, or --model_name_or_path, --vision_tower and --version"
             )
     select_layer = {} if source.select_layer is None else {"select_layer": source.select_layer}
+    vision = VisionConfig.from_folder(source.vision_tower)
+    connector = ConnectorConfig(source.dense_connector_type or "dci", **select_layer)
+    aspect_ratio = source.image_aspect_ratio or "pad"
     return Resolved(
         source=source,
         language=LanguageConfig.from_folder(source.model_name_or_path),
-        vision=VisionConfig.from_folder(source.vision_tower),
-        connector=ConnectorConfig(source.dense_connector_type or "dci", **select_layer),
+        vision=vision,
+        connector=connector,
         version=source.version,
-        image_aspect_ratio=source.image_aspect_ratio or "pad",
+        image_aspect_ratio=aspect_ratio,
+        tiling=tiling_of_flags(
+            vision, connector, aspect_ratio, source.image_grid_pinpoints, source.mm_patch_merge_type
+        ),
         iteration_folder="",
         model_max_length=None,
     )

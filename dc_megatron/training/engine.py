@@ -165,7 +165,7 @@ def _sample_pictures(checked: run.Checked, args, data: data_plan.Data):
     elif args.overlap_param_gather:
         obstacle = "--overlap-param-gather"
     if obstacle is None:
-        return SamplePictures(checked, data.index, data.config, count)
+        return SamplePictures(checked, data.index, data.config, data.folder, count)
     if "log_images" in checked.settings.given:
         raise UserError(f"--log-images {count}: not available yet with {obstacle}; leave one of them out")
     return None
