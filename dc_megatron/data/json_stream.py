@@ -174,7 +174,8 @@ class _Pending:
         self.blocks.append(block)
         self.size += len(block)
         if self.size > MOST_RECORD_BYTES:
-            line, column = _place(self._path, self.start)
+            text = self.text()
+            line, column = _place(self._path, self.start + len(text) - len(text.lstrip(_SPACE)))
             raise UserError(
                 f"{self._flag} {self._path}: line {line}, column {column}: a record of more than"
                 f" {MOST_RECORD_BYTES >> 20} MB begins here; is a quote or a bracket missing?"
@@ -210,11 +211,10 @@ def _cut_list(file, path: str, flag: str) -> Iterator[tuple[int, bytes, np.ndarr
     """Spans of whole elements; ``file`` stands behind the opening bracket."""
     pending = _Pending(path, flag, file.tell())
     depth, inside, held, elements = 1, 0, b"", 0
-    while block := held + file.read(BLOCK_BYTES):
+    while more := file.read(BLOCK_BYTES):
+        block = held + more
         # A backslash at the end belongs to what comes next.
         held = b"\\" if (len(block) - len(block.rstrip(b"\\"))) % 2 else b""
-        if held == block:
-            break
         block = block[: len(block) - len(held)]
         found, kinds, inside = _structure(block, inside)
         depths = depth + np.cumsum(_STEP[kinds])
