@@ -43,7 +43,7 @@ NOTES = {
     "gif": "GIF",
     "animated": "several pictures in one file; the first one is taken",
     "16_bit": "more than 8 bits a colour",
-    "palette_or_alpha": "a palette, or transparency",
+    "palette_or_alpha": "a palette, or transparency (GIF apart)",
 }
 
 
@@ -95,7 +95,8 @@ def _notes(image: Image.Image):
         yield "animated"
     if image.mode.startswith(("I", "F")) or _raw_mode(image).endswith((";16B", ";16L", ";16N")):
         yield "16_bit"
-    if image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+    has_alpha = image.mode in ("P", "PA", "LA", "La", "RGBA", "RGBa") or "transparency" in image.info
+    if has_alpha and image.format != "GIF":
         yield "palette_or_alpha"
 
 
