@@ -24,9 +24,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dc_megatron.config import IMAGE_ASPECT_RATIOS, VisionConfig, one_of
+from dc_megatron.config import VisionConfig, one_of
 from dc_megatron.data.chat_templates import chat_template
 from dc_megatron.data.conversation import IMAGE_MARK, render, stop_text, template
+from dc_megatron.data.picture import Picture
 from dc_megatron.data.tokenization import IMAGE_ID, TextTokenizer, encode_prompt, load_tokenizer, tokenise
 from dc_megatron.errors import UserError
 
@@ -217,7 +218,7 @@ def _tokenizer_config(source: TextTokenizer, adds_bos: bool, vocab_rows: int, mo
 def _image_processor(vision: VisionConfig, image_aspect_ratio: str, pinpoints) -> dict:
     """preprocessor_config.json. CLIPImageProcessor pads nothing and crops, so ``pad`` needs LlavaImageProcessor."""
     if pinpoints is None:
-        one_of(image_aspect_ratio, IMAGE_ASPECT_RATIOS, "--image_aspect_ratio")
+        one_of(image_aspect_ratio, ("square", "pad"), "--image_aspect_ratio")
     side = vision.image_size
     square = {"height": side, "width": side}
     resizes_both_edges = vision.family == "siglip" and image_aspect_ratio == "square" and pinpoints is None
@@ -299,7 +300,7 @@ def _write_chat_template(folder: str, source: TextTokenizer, version: str, image
 def _first_difference(written, jinja: str, source: TextTokenizer, version: str, image_token_id: int) -> str | None:
     """The first probe whose ids differ between the written tokenizer and training, or None."""
     for question, images in _PROBES:
-        ids, mask = encode_prompt(source, version, question, images, 1)
+        ids, mask = encode_prompt(source, version, question, [1] * images)
         expected = [image_token_id if is_image else token for token, is_image in zip(ids, mask, strict=True)]
         content = question
         if IMAGE_MARK not in question:
@@ -320,7 +321,9 @@ def _first_difference(written, jinja: str, source: TextTokenizer, version: str, 
 
 
 def _ids_of_training(source: TextTokenizer, version: str, messages: list[dict], image_token_id: int) -> list[int]:
-    sample = tokenise(source, render(version, messages), (), tokens_per_image=1, model_max_length=1 << 30)
+    rendered = render(version, messages)
+    pictures = [Picture("", 1, 1, tokens=1)] * rendered.image_count
+    sample = tokenise(source, rendered, pictures, model_max_length=1 << 30)
     return [image_token_id if token == IMAGE_ID else token for token in sample.input_ids.tolist()]
 
 

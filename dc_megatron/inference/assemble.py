@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from dc_megatron.config import ConnectorConfig, ImageTiling, LanguageConfig, VisionConfig, layer_table
 from dc_megatron.model.dense_connector import DenseConnector, initial_newline
 from dc_megatron.model.language_model import build_language_model
-from dc_megatron.model.multimodal_model import DenseConnectorModel
+from dc_megatron.model.multimodal_model import NEWLINE, DenseConnectorModel
 from dc_megatron.model.vision_tower import FrozenVisionTower
 from dc_megatron.weights.language_loading import LanguageWeights
 from dc_megatron.weights.projector_files import read_projector
@@ -69,12 +69,25 @@ def load_vision_tower(model: DenseConnectorModel, vision: VisionConfig, connecto
 
 
 def load_projector(
-    model: DenseConnectorModel, path: str, vision: VisionConfig, connector: ConnectorConfig, type_named: bool = True
+    model: DenseConnectorModel,
+    path: str,
+    vision: VisionConfig,
+    connector: ConnectorConfig,
+    type_named: bool = True,
+    newline: str = "none",
 ) -> None:
-    """Fill the connector from ``path`` (a projector file or its folder). Every rank reads it, so all refuse alike."""
-    state, _ = read_projector(path, connector, vision, model.config.hidden_size, type_named=type_named)
+    """Fill the connector from ``path`` (a projector file or its folder). Every rank reads it, so all refuse alike.
+
+    newline: see ``read_projector``; under "optional" an image_newline that the file does not have stays as it is.
+    """
+    width = model.config.hidden_size
+    state, _ = read_projector(path, connector, vision, width, newline=newline, type_named=type_named)
+    vector = state.pop(NEWLINE, None)
     if model.connector is not None:
         model.connector.load_state_dict(state)
+        if vector is not None:
+            with torch.no_grad():
+                model.image_newline.copy_(vector)
 
 
 @torch.no_grad()

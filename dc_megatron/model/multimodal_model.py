@@ -209,9 +209,9 @@ class DenseConnectorModel(MegatronModule):
         if self.connector_is_given:
             own.update(self.connector.state_dict(prefix="connector."))
             self.connector_is_given = False
-        if self.newline_is_given:
+        if self.image_newline is not None and self.newline_is_given:
             own[NEWLINE] = self.image_newline.detach()
-            self.newline_is_given = False
+        self.newline_is_given = False
         norm = self.language_model.decoder.final_layernorm  # None off the last stage
         if norm is not None and type(norm).get_extra_state is not torch.nn.Module.get_extra_state:
             own[_IDLE_STATE] = None

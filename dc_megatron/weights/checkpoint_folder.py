@@ -48,6 +48,12 @@ class CheckpointDescription:
     model_max_length: int
     # AnyRes: resolutions as LLaVA writes them, (width, height).
     image_grid_pinpoints: list[list[int]] | None = None
+    # AnyRes: how tiles are joined; "" in files from before the others were available.
+    mm_patch_merge_type: str = ""
+
+    @property
+    def merge_type(self) -> str:
+        return self.mm_patch_merge_type or ("spatial_unpad" if self.image_grid_pinpoints else "flat")
 
 
 @dataclass(frozen=True)

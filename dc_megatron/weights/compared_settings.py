@@ -38,7 +38,8 @@ def _of_pictures(model: ModelFolder) -> dict:
     table = layer_table(model.vision, model.connector)
     layers = {"layers of the tower": [table.final, *map(list, table.groups)]}
     kind = {"mm_dense_connector_type": model.connector.dense_connector_type}
-    return {**kind, **layers, **_values(model.vision, _VISION)}
+    tiles = {"image_grid_pinpoints": model.image_grid_pinpoints, "mm_patch_merge_type": model.mm_patch_merge_type}
+    return {**kind, **layers, **_values(model.vision, _VISION), **tiles}
 
 
 def _of_stock(config: dict, what: str) -> dict:

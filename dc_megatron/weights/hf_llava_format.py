@@ -102,6 +102,7 @@ def open_hf_llava(folder: str, config: dict, flag: str, vision_tower: str = "") 
         processor_config=processor,
         image_aspect_ratio="anyres" if grid else "pad" if (processor or {}).get("do_pad") else "square",
         image_grid_pinpoints=grid,
+        mm_patch_merge_type="spatial_unpad" if grid else "flat",
         image_token_id=stock_image_token(config),
     )
 
@@ -244,6 +245,11 @@ def hf_llava_export(
     kind = model.connector.dense_connector_type
     if kind == "sti" and model.image_grid_pinpoints is not None:
         raise UserError("--format hf-llava: LlavaNext cannot append STI's pooled tokens; use --format llava")
+    if model.image_grid_pinpoints is not None and model.mm_patch_merge_type != "spatial_unpad":
+        raise UserError(
+            f"--format hf-llava: {model.path} joins tiles by mm_patch_merge_type {model.mm_patch_merge_type}, LlavaNext"
+            " by spatial_unpad alone; use --format llava"
+        )
     if kind == "sti" and not modeling_code:
         raise UserError(
             "--format hf-llava: stock Llava cannot append the pooled tokens of an sti connector; --with-modeling-code"

@@ -67,6 +67,11 @@ def import_checkpoint(
         one_of(version, TEMPLATES, "--version")
     if image_aspect_ratio:
         one_of(image_aspect_ratio, IMAGE_ASPECT_RATIOS, "--image-aspect-ratio")
+    if image_aspect_ratio == "anyres":
+        raise UserError(
+            "--image-aspect-ratio anyres: the folder of an AnyRes model says so itself, with its resolutions; leave"
+            " the flag out"
+        )
     model = open_model(
         hf,
         "--hf",
@@ -165,6 +170,7 @@ def _write_side_files(partial: PartialFolder, model: ModelFolder, version: str, 
         image_aspect_ratio=image_aspect_ratio,
         model_max_length=model.model_max_length or _MODEL_MAX_LENGTH,
         image_grid_pinpoints=[list(size) for size in model.image_grid_pinpoints or ()] or None,
+        mm_patch_merge_type=model.mm_patch_merge_type,
     )
     checkpoint_folder.write_side_files(partial.path, model.config_folder, described)
     _write_json(partial, "hf/config.json", model.language_config)

@@ -14,7 +14,7 @@ import re
 
 import torch
 
-from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, layer_table, one_of
+from dc_megatron.config import MERGE_TYPES, ConnectorConfig, LanguageConfig, VisionConfig, layer_table, one_of
 from dc_megatron.errors import UserError
 from dc_megatron.weights.export_plan import Export, json_bytes, portable_text_config
 from dc_megatron.weights.model_parts import (
@@ -72,7 +72,7 @@ def open_llava(folder: str, config: dict, flag: str, vision_tower: str = "") -> 
     inside = [name for name in names if name.startswith(_TOWER)]
     tower_folder, tower_config, processor = _tower(folder, config, vision_tower, bool(inside), what)
     vision = VisionConfig.from_config(tower_config, what, processor, tower_folder)
-    grid = _grid(config, vision, connector, what)
+    grid, merge = _grid(config, vision, connector, what)
 
     own = {name for name in names if name.startswith(_PROJECTOR)}
     rest = {name: name for name in names if name not in own and name not in inside and name != _NEWLINE}
@@ -92,7 +92,7 @@ def open_llava(folder: str, config: dict, flag: str, vision_tower: str = "") -> 
     if _NEWLINE in names:
         refuse_wrong_shape(what, _NEWLINE, checkpoint.shape(_NEWLINE), (language.hidden_size,))
         parts.append(Renamed(checkpoint, {NEWLINE: _NEWLINE}))
-    elif grid:
+    elif merge == "spatial_unpad":
         refuse_wrong_names(what, [_NEWLINE], [], "config.json says that rows of patches end with it")
     return ModelFolder(
         kind="llava",
@@ -110,6 +110,7 @@ def open_llava(folder: str, config: dict, flag: str, vision_tower: str = "") -> 
         image_aspect_ratio=config.get("image_aspect_ratio") or "square",
         model_max_length=config.get("tokenizer_model_max_length"),
         image_grid_pinpoints=grid,
+        mm_patch_merge_type=merge,
     )
 
 
@@ -161,8 +162,11 @@ def _tower(folder: str, config: dict, vision_tower: str, inside: bool, what: str
     raise UserError(f"{what}: {known} and {carried}; give its folder with --vision-tower")
 
 
-def _grid(config: dict, vision: VisionConfig, connector: ConnectorConfig, what: str) -> tuple | None:
-    """AnyRes: the resolutions as (width, height), or None. What is said of patches and cannot be kept is refused."""
+def _grid(config: dict, vision: VisionConfig, connector: ConnectorConfig, what: str) -> tuple[tuple | None, str]:
+    """AnyRes: the resolutions as (width, height) or None, and how tiles are joined ("flat" without AnyRes).
+
+    What is said of patches and cannot be kept is refused.
+    """
     if vision.family == "clip" and (config.get("mm_vision_select_feature") or "patch") != "patch":
         raise UserError(
             f"{what}: mm_vision_select_feature '{config['mm_vision_select_feature']}' is not available; patch is"
@@ -170,10 +174,15 @@ def _grid(config: dict, vision: VisionConfig, connector: ConnectorConfig, what: 
     aspect = config.get("image_aspect_ratio") or "square"
     one_of(aspect, _ASPECT_RATIOS, f"{what}: image_aspect_ratio")
     if aspect != "anyres":
-        return None
+        # The original then reads no mm_patch_merge_type, whatever it says.
+        return None, "flat"
     merge = config.get("mm_patch_merge_type") or "flat"
-    if merge != "spatial_unpad":
-        raise UserError(f"{what}: mm_patch_merge_type '{merge}' of an anyres model is not available; spatial_unpad is")
+    one_of(merge, MERGE_TYPES, f"{what}: mm_patch_merge_type")
+    if connector.dense_connector_type == "sti" and merge != "flat":
+        raise UserError(
+            f"{what}: mm_patch_merge_type {merge}: an sti connector adds pooled tokens that have no place in a grid of"
+            " patches"
+        )
     pinpoints = config.get("image_grid_pinpoints")
     try:
         pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
@@ -184,7 +193,7 @@ def _grid(config: dict, vision: VisionConfig, connector: ConnectorConfig, what: 
         raise UserError(
             f"{what}: image_grid_pinpoints {pinpoints} are no multiples of the tower's {vision.image_size} pixels"
         )
-    return grid
+    return grid, merge
 
 
 def llava_export(model: ModelFolder, *, vision_tower_name: str = "", dtype: torch.dtype | None = None) -> Export:
@@ -253,8 +262,7 @@ def _config(model: ModelFolder, tower_name: str, dtype: torch.dtype) -> dict:
         "mm_projector_type": connector.projector_type,
         "mm_vision_select_layer": connector.select_layer,
         "mm_vision_select_feature": "patch",
-        # It says whether there is an image_newline, which AnyRes alone uses.
-        "mm_patch_merge_type": "spatial_unpad" if NEWLINE in model.reader.names() else "flat",
+        "mm_patch_merge_type": _merge_type(model),
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
@@ -270,6 +278,13 @@ def _config(model: ModelFolder, tower_name: str, dtype: torch.dtype) -> dict:
     if anyres:
         config["image_grid_pinpoints"] = [list(size) for size in model.image_grid_pinpoints]
     return config
+
+
+def _merge_type(model: ModelFolder) -> str:
+    """Without AnyRes nothing is joined; it then still says whether there is an image_newline."""
+    if model.image_grid_pinpoints is not None:
+        return model.mm_patch_merge_type
+    return "spatial_unpad" if NEWLINE in model.reader.names() else "flat"
 
 
 def _notes(model: ModelFolder, config: dict) -> list[str]:

@@ -13,7 +13,7 @@ from dc_megatron.errors import UserError
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.language_tables import language_table
 from dc_megatron.weights.model_parts import NEWLINE, PROJECTOR, ModelFolder, tower_part
-from dc_megatron.weights.names import refuse_wrong_names
+from dc_megatron.weights.names import refuse_wrong_names, refuse_wrong_shape
 from dc_megatron.weights.projector_files import projector_shapes
 from dc_megatron.weights.safetensors_files import open_checkpoint
 from dc_megatron.weights.tensor_reader import Merged, Renamed, TensorReader
@@ -103,7 +103,10 @@ def open_checkpoint_folder(
         _check_projector(plain, connector, vision, language.hidden_size, what)
         parts.append(Renamed(plain, names))
         known |= set(names.values())
+    if described.image_grid_pinpoints and described.merge_type == "spatial_unpad":
+        refuse_wrong_names(what, {NEWLINE} - set(plain.names()), (), "hf/ says that rows of patches end with it")
     if NEWLINE in plain.names():
+        refuse_wrong_shape(what, NEWLINE, plain.shape(NEWLINE), (language.hidden_size,))
         parts.append(Renamed(plain, {NEWLINE: NEWLINE}))
         known.add(NEWLINE)
     left = [key for key in plain.names() if not key.startswith(_NOT_THE_MODEL) and not _is_known(key, known)]
@@ -124,6 +127,7 @@ def open_checkpoint_folder(
         image_aspect_ratio=described.image_aspect_ratio,
         model_max_length=described.model_max_length,
         image_grid_pinpoints=tuple((width, height) for width, height in described.image_grid_pinpoints or ()) or None,
+        mm_patch_merge_type=described.merge_type,
     )
     return model, tree_folder
 

@@ -4,7 +4,7 @@ The names that all formats are mapped to:
 
     model.embed_tokens.weight, model.layers.N.*, lm_head.weight   the language model, as transformers' text models
     mm_projector.{0,2}.{weight,bias}                              the projector
-    image_newline                                                 AnyRes: the vector that ends a row of patches
+    image_newline                                                 spatial_unpad: the vector that ends a row of patches
     vision_tower.*                                                the tower, as in ``vision_tables``
 """
 
@@ -61,6 +61,8 @@ class ModelFolder:
     model_max_length: int | None = None
     # AnyRes: resolutions as LLaVA writes them, (width, height).
     image_grid_pinpoints: tuple[tuple[int, int], ...] | None = None
+    # AnyRes: how tiles are joined, flat | spatial | spatial_unpad; the last has the tensor image_newline.
+    mm_patch_merge_type: str = "flat"
     # The id of a picture's placeholder where the source has one.
     image_token_id: int | None = None
 

@@ -1,7 +1,7 @@
 """mm_projector files: what a stage-1 run hands to stage 2, and LLaVA users to each other.
 
 A .bin file holds tensors only, and sci and dci (or sti and none) projectors have the same shapes: the .safetensors
-file says in its metadata what the projector is for.
+file says in its metadata what the projector is for. AnyRes with spatial_unpad trains one vector more, image_newline.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ BIN_NAME = "mm_projector.bin"
 _KEY = "model.mm_projector."
 _PREFIXES = ("base_model.model.model.", "model.", "")
 _PARTS = ("0.weight", "0.bias", "2.weight", "2.bias")
+_NEWLINE = "image_newline"
 
 
 def projector_metadata(connector: ConnectorConfig, vision: VisionConfig) -> dict[str, str]:
@@ -49,22 +50,27 @@ def read_projector(
     vision: VisionConfig,
     hidden_size: int,
     *,
+    newline: str = "none",
     type_named: bool = True,
     flag: str = "--pretrain_mm_mlp_adapter",
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The projector's tensors as ``mlp.{0,2}.{weight,bias}`` in the file's dtype, and the file's metadata.
 
-    ``path`` is a file or a folder with one; ``hidden_size`` is the language model's width. ``type_named`` says that
-    the user named the connector's type: a file without metadata needs that. UserError: no or broken file, names
-    missing or left over, another connector type or tower, other widths.
+    ``path`` is a file or a folder with one; ``hidden_size`` is the language model's width. ``newline``: whether the run
+    has an ``image_newline``, which then is among the tensors: "none", "required", or "optional" where one that the file
+    does not have may start anew. ``type_named`` says that the user named the connector's type: a file without metadata
+    needs that. UserError: no or broken file, names missing or left over, another connector type or tower, other widths.
     """
     file_path = _find(path, flag)
     what = f"{flag} {file_path}"
     file = open_file(file_path, what)
     _check_metadata(file.metadata, connector, vision, type_named, what)
     names = _check_names(file.names(), what)
-    expected = projector_shapes(connector, vision, hidden_size)
+    _check_newline(_NEWLINE in names, newline, what)
+    expected = {**projector_shapes(connector, vision, hidden_size), _NEWLINE: (hidden_size,)}
     for key, shape in expected.items():
+        if key not in names:
+            continue
         name = names[key]
         if file.shape(name) != shape:
             raise UserError(
@@ -81,18 +87,30 @@ def write_projector(
 ) -> tuple[str, str]:
     """Write ``mm_projector.bin`` and ``mm_projector.safetensors`` into ``folder``; returns both paths.
 
-    ``tensors`` as ``read_projector`` returns them, any device, dtype kept. A reader never sees half a file: each is
-    written under another name, flushed to disk, then renamed.
+    ``tensors`` as ``read_projector`` returns them (``image_newline`` among them where the run has one), any device,
+    dtype kept. A reader never sees half a file: each is written under another name, flushed to disk, then renamed.
     """
     expected = {f"mlp.{part}" for part in _PARTS}
-    assert tensors.keys() == expected, f"a projector has {sorted(expected)}, not {sorted(tensors)}"
-    stored = {_KEY + key.removeprefix("mlp."): value.detach().cpu().contiguous() for key, value in tensors.items()}
+    assert tensors.keys() - {_NEWLINE} == expected, f"a projector has {sorted(expected)}, not {sorted(tensors)}"
+    stored = {_stored_name(key): value.detach().cpu().contiguous() for key, value in tensors.items()}
     os.makedirs(folder, exist_ok=True)
     bin_path, safetensors_path = os.path.join(folder, BIN_NAME), os.path.join(folder, SAFETENSORS_NAME)
     _write(bin_path, lambda temporary: torch.save(stored, temporary))
     metadata = projector_metadata(connector, vision)
     _write(safetensors_path, lambda temporary: save_file(stored, temporary, metadata=metadata))
     return bin_path, safetensors_path
+
+
+def _stored_name(key: str) -> str:
+    """A tensor's name in LLaVA's files."""
+    return f"model.{_NEWLINE}" if key == _NEWLINE else _KEY + key.removeprefix("mlp.")
+
+
+def has_newline(path: str, flag: str = "--pretrain_mm_mlp_adapter") -> bool:
+    """Whether the projector in ``path`` (a file, or a folder with one) has an ``image_newline``."""
+    file_path = _find(path, flag)
+    names = open_file(file_path, f"{flag} {file_path}").names()
+    return any(prefix + _NEWLINE in names for prefix in _PREFIXES)
 
 
 def projector_shapes(connector: ConnectorConfig, vision: VisionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -155,8 +173,9 @@ def _check_metadata(
 
 
 def _check_names(found: list[str], what: str) -> dict[str, str]:
-    """``mlp.*`` -> name on file."""
+    """``mlp.*``, and ``image_newline`` where there is one -> name on file."""
     places = {f"{prefix}mm_projector.{part}": f"mlp.{part}" for prefix in _PREFIXES for part in _PARTS}
+    places |= {prefix + _NEWLINE: _NEWLINE for prefix in _PREFIXES}
     names: dict[str, str] = {}
     unknown = []
     for name in found:
@@ -167,6 +186,20 @@ def _check_names(found: list[str], what: str) -> dict[str, str]:
     missing = [_KEY + part for part in _PARTS if f"mlp.{part}" not in names]
     refuse_wrong_names(what, missing, unknown, "A projector of type mlp2x_gelu holds two linear layers and no more")
     return names
+
+
+def _check_newline(there: bool, newline: str, what: str) -> None:
+    assert newline in ("none", "optional", "required"), newline
+    if there and newline == "none":
+        raise UserError(
+            f"{what}: holds an {_NEWLINE}, so it was trained with --image_aspect_ratio anyres --mm_patch_merge_type"
+            " spatial_unpad, and this run has no use for it; give these, or another projector"
+        )
+    if not there and newline == "required":
+        raise UserError(
+            f"{what}: holds no {_NEWLINE}, which --mm_patch_merge_type spatial_unpad ends every row of patches with; it"
+            " was not trained with AnyRes: leave --image_aspect_ratio anyres out, or train it so first"
+        )
 
 
 def _write(path: str, save: Callable[[str], None]) -> None:

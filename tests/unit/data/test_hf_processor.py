@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
-from dc_megatron.config import ConnectorConfig, image_tokens
+from dc_megatron.config import ConnectorConfig, image_tiling, image_tokens
 from dc_megatron.data.conversation import render
 from dc_megatron.data.hf_processor import image_token, stop_ids, write_processor
-from dc_megatron.data.image_reference import preprocess
+from dc_megatron.data.image_reference import preprocess, tiles_of
+from dc_megatron.data.picture import Picture
 from dc_megatron.data.tokenization import IMAGE_ID, encode_prompt, load_tokenizer, tokenise
 from dc_megatron.errors import UserError
 from tests.helpers.data_files import (
@@ -114,7 +115,7 @@ def ask(question, images=0):
 
 
 def training_ids(tokenizer, version, question, images, tokens, image_id):
-    ids, mask = encode_prompt(tokenizer, version, question, images, tokens)
+    ids, mask = encode_prompt(tokenizer, version, question, [tokens] * images)
     return [image_id if is_image else token for token, is_image in zip(ids, mask, strict=True)]
 
 
@@ -144,9 +145,8 @@ def test_ids_in_one_step_and_of_a_conversation(exported, pictures, name, version
     count = 2 if version == "plain" else 4
     text = processor.apply_chat_template(chat[:count])
     got = processor(text=text, images=[Image.open(pictures[1])])["input_ids"][0]
-    sample = tokenise(
-        tokenizer, render(version, conversation(*turns[:count])), ("a",), tokens_per_image=1, model_max_length=4096
-    )
+    picture = Picture("a", 40, 40, tokens=4)
+    sample = tokenise(tokenizer, render(version, conversation(*turns[:count])), [picture], model_max_length=4096)
     ids = np.where(sample.input_ids == IMAGE_ID, image_id, sample.input_ids)
     assert got == np.repeat(ids, np.where(sample.input_ids == IMAGE_ID, 4, 1)).tolist()
 
@@ -254,7 +254,7 @@ def test_the_tokenizer_written_can_be_trained_with_again(sources, tmp_path, name
     before, after = load_tokenizer(sources[name], version), load_tokenizer(folder, version)
     assert before.adds_bos == after.adds_bos
     for question in ["What?", "  two\n "]:
-        assert encode_prompt(before, version, question, 0, 4) == encode_prompt(after, version, question, 0, 4)
+        assert encode_prompt(before, version, question, []) == encode_prompt(after, version, question, [])
 
 
 def test_a_reserved_token_a_spare_row_or_a_new_row_is_taken(sources, tmp_path):
@@ -345,8 +345,10 @@ def test_any_resolution_gives_a_llava_next_processor_whose_counts_the_model_take
     vision = vision_config(family, 28)
     grid = [(28, 56), (56, 28), (56, 56)]
     folder, image_id = write(tmp_path, sources["legacy"], "v1", vision=vision, next=grid)
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
     assert type(processor).__name__ == "LlavaNextProcessor"
+    pinpoints = [(width, height) for height, width in grid]
+    tiling = image_tiling(vision, ConnectorConfig("dci"), pinpoints, "spatial_unpad")
     text = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 481}
     tower = {"model_type": f"{family}_vision_model", "hidden_size": 16, "intermediate_size": 16, "image_size": 28}
@@ -362,7 +364,12 @@ def test_any_resolution_gives_a_llava_next_processor_whose_counts_the_model_take
         )
     )
     for path in pictures:
-        inputs = processor(text="<image>\nWhat?", images=Image.open(path), return_tensors="pt")
+        opened = Image.open(path)
+        inputs = processor(text="<image>\nWhat?", images=opened, return_tensors="pt")
+        shape = tiling.of(*opened.size)
+        assert (inputs["input_ids"] == image_id).sum() == shape.tokens
+        expected = tiles_of(opened, vision, tiling, range(shape.tiles))
+        assert (inputs["pixel_values"][0].numpy() == expected).all()
         with torch.no_grad():
             assert torch.isfinite(model(**inputs).logits).all()
     with pytest.raises(UserError, match="sti cannot be exported with AnyRes"):

@@ -12,6 +12,7 @@ from dc_megatron.config import ConnectorConfig
 from dc_megatron.data.hf_processor import image_token
 from dc_megatron.errors import UserError
 from dc_megatron.inference.exported_processor import ExportedProcessor
+from dc_megatron.weights.checkpoint_folder import read_description
 from dc_megatron.weights.exporter import export_checkpoint
 from dc_megatron.weights.importer import import_checkpoint
 from dc_megatron.weights.tokenizer_ids import image_token_id, tokenizer_ids
@@ -77,6 +78,8 @@ def test_anyres_keeps_its_grid_through_the_tree(tmp_path, model):
     anyres = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": GRID}
     source = model("sci", extra={"model.image_newline": torch.randn(64)}, **anyres)
     import_checkpoint(source, str(tmp_path / "tree"), version="v1")
+    described = read_description(str(tmp_path / "tree"))
+    assert (described.image_grid_pinpoints, described.merge_type) == (GRID, "spatial_unpad")
     export(tmp_path / "tree", tmp_path / "stock")
     config = json.loads((tmp_path / "stock" / "config.json").read_text())
     assert config["model_type"] == "llava_next"

@@ -57,3 +57,16 @@ def test_an_entry_of_another_type_is_named(tmp_path, change, message):
 def test_what_is_no_description_is_refused(tmp_path, text):
     with pytest.raises(UserError, match=r"hf/dc_megatron.json cannot be read: "):
         read_description(write(tmp_path / "run", text))
+
+
+@pytest.mark.parametrize(
+    ("more", "merge"),
+    [
+        ({}, "flat"),
+        ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[28, 56]]}, "spatial_unpad"),
+        ({"image_grid_pinpoints": [[28, 56]], "mm_patch_merge_type": "flat"}, "flat"),
+    ],
+)
+def test_how_tiles_are_joined(tmp_path, more, merge):
+    """Files of before knew AnyRes with spatial_unpad only, and did not say so."""
+    assert read_description(write(tmp_path / "run", json.dumps({**GOOD, **more}))).merge_type == merge

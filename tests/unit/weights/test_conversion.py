@@ -394,6 +394,8 @@ def test_settings_that_nobody_knows_are_not_noted(tmp_path, llama):
         bring_in(llama, tmp_path / "tree", version="v9")
     with pytest.raises(UserError, match="--image-aspect-ratio crop: unknown"):
         bring_in(llama, tmp_path / "tree", image_aspect_ratio="crop")
+    with pytest.raises(UserError, match="--image-aspect-ratio anyres: the folder of an AnyRes model says so itself"):
+        bring_in(llama, tmp_path / "tree", image_aspect_ratio="anyres")
     assert os.listdir(tmp_path) == []
 
 

@@ -449,16 +449,16 @@ def test_anyres_goes_to_llava_next(folders, tmp_path, kind):
         assert (logits[..., :256] - wanted).abs().max() < TOLERANCE
 
 
-def anyres_folder(folder, folders, connector: ConnectorConfig) -> str:
+def anyres_folder(folder, folders, connector: ConnectorConfig, merge: str = "spatial_unpad") -> str:
     return llava_folder(
         folder,
         folders["llama"],
         folders["clip"],
         connector,
         image_aspect_ratio="anyres",
-        mm_patch_merge_type="spatial_unpad",
+        mm_patch_merge_type=merge,
         image_grid_pinpoints=GRID,
-        extra={"model.image_newline": torch.randn(64)},
+        extra={"model.image_newline": torch.randn(64)} if merge == "spatial_unpad" else {},
     )
 
 
@@ -468,14 +468,29 @@ def test_llava_next_is_read(folders, tmp_path):
     again = open_model(write_export(hf_llava_export(model), tmp_path / "out"))
     assert again.kind == "hf-llava-next"
     assert (again.image_aspect_ratio, again.image_grid_pinpoints) == ("anyres", model.image_grid_pinpoints)
+    assert again.mm_patch_merge_type == model.mm_patch_merge_type == "spatial_unpad"
     assert_same_tensors(again, model)
     assert llava_export(again).config["image_grid_pinpoints"] == GRID
 
 
 def test_sti_cannot_be_anyres(folders, tmp_path):
-    folder = anyres_folder(tmp_path / "m", folders, ConnectorConfig("sti"))
+    with pytest.raises(UserError, match="mm_patch_merge_type spatial_unpad: an sti connector adds pooled tokens"):
+        open_model(anyres_folder(tmp_path / "m", folders, ConnectorConfig("sti")))
+    flat = open_model(anyres_folder(tmp_path / "flat", folders, ConnectorConfig("sti"), "flat"))
     with pytest.raises(UserError, match="LlavaNext cannot append"):
-        hf_llava_export(open_model(folder), modeling_code=True)
+        hf_llava_export(flat, modeling_code=True)
+
+
+@pytest.mark.parametrize("merge", ["flat", "spatial"])
+def test_other_merges_are_llavas_alone(folders, tmp_path, merge):
+    model = open_model(anyres_folder(tmp_path / "m", folders, ConnectorConfig("dci"), merge))
+    with pytest.raises(
+        UserError, match=f"joins tiles by mm_patch_merge_type {merge}, LlavaNext by spatial_unpad alone"
+    ):
+        hf_llava_export(model)
+    config = llava_export(model).config
+    assert (config["image_aspect_ratio"], config["mm_patch_merge_type"]) == ("anyres", merge)
+    assert config["image_grid_pinpoints"] == GRID
 
 
 def test_a_whole_siglip_as_the_tower(folders, tmp_path):

@@ -213,7 +213,8 @@ def test_old_files_and_their_buffers(folders, tmp_path):
         ({"mm_dense_connector_type": "dcx"}, r"mm_dense_connector_type dcx: unknown \(did you mean"),
         ({"mm_dense_connector_type": "none"}, r"has shape \[64, 96\]; a none connector"),
         ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio anyres_max_9: unknown"),
-        ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "flat"}, "mm_patch_merge_type 'flat'"),
+        ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "unpad"}, "mm_patch_merge_type unpad: unknown"),
+        ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "flat"}, "image_grid_pinpoints None is no list"),
         (
             {
                 "image_aspect_ratio": "anyres",

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from dc_megatron.config import ConnectorConfig, VisionConfig
 from dc_megatron.errors import UserError
-from dc_megatron.weights.projector_files import projector_shapes, read_projector, write_projector
+from dc_megatron.weights.projector_files import has_newline, projector_shapes, read_projector, write_projector
 
 CLIP = VisionConfig("clip", 8, 16, 6, 2, 28, 7, "gelu", 1e-5, (0.5,) * 3, (0.5,) * 3, path="towers/clip-tiny")
 SIGLIP = VisionConfig("siglip", 8, 16, 6, 2, 28, 7, "gelu", 1e-5, (0.5,) * 3, (0.5,) * 3)
@@ -99,6 +99,35 @@ def test_missing_and_unknown_names_are_listed(tmp_path):
     path = save_bin(tmp_path / "mm_projector.bin", tensors, "model.")
     with pytest.raises(UserError, match=r"missing: model\.mm_projector\.2\.bias; .*: model\.embed_tokens\.weight"):
         read_projector(path, DCI, CLIP, HIDDEN)
+
+
+@pytest.fixture
+def with_newline(tmp_path):
+    tensors = {**make_tensors(), "image_newline": torch.randn(HIDDEN)}
+    return tensors, *write_projector(str(tmp_path / "anyres"), tensors, DCI, CLIP)
+
+
+@pytest.mark.parametrize("index", [1, 2])
+@pytest.mark.parametrize("newline", ["optional", "required"])
+def test_the_newline_of_anyres_goes_along(with_newline, written, index, newline):
+    read, _ = read_projector(with_newline[index], DCI, CLIP, HIDDEN, newline=newline)
+    assert read.keys() == with_newline[0].keys()
+    assert torch.equal(read["image_newline"], with_newline[0]["image_newline"])
+    assert "model.image_newline" in torch.load(with_newline[1], weights_only=True)
+    assert has_newline(with_newline[index])
+    assert not has_newline(written[index])
+
+
+def test_a_newline_without_use_and_a_missing_one(with_newline, written, tmp_path):
+    with pytest.raises(UserError, match=r"holds an image_newline, so it was trained with --image_aspect_ratio anyres"):
+        read_projector(with_newline[1], DCI, CLIP, HIDDEN)
+    with pytest.raises(UserError, match=r"holds no image_newline, which --mm_patch_merge_type spatial_unpad"):
+        read_projector(written[2], DCI, CLIP, HIDDEN, newline="required")
+    # Stage 1 without AnyRes, stage 2 with it: LLaVA-1.6's own recipe.
+    assert "image_newline" not in read_projector(written[2], DCI, CLIP, HIDDEN, newline="optional")[0]
+    path = save_bin(tmp_path / "wide.bin", {**make_tensors(), "image_newline": torch.randn(HIDDEN + 1)}, "")
+    with pytest.raises(UserError, match=r"image_newline has shape \[13\]"):
+        read_projector(path, DCI, CLIP, HIDDEN, newline="optional")
 
 
 def test_nothing_there(tmp_path):
