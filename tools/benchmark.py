@@ -19,6 +19,8 @@ examples:
   python tools/benchmark.py packing --output benchmarks/results/packing.json
   python tools/benchmark.py index --folder scratch --output benchmarks/results/index.json
   python tools/benchmark.py packed-training --folder scratch --output benchmarks/results/packed_training.json
+  python tools/benchmark.py decode --output benchmarks/results/decode.json
+  python tools/benchmark.py pixels --output benchmarks/results/pixels.json
   python tools/benchmark.py conversion --help
 """
 
@@ -85,6 +87,21 @@ def run_index(options: argparse.Namespace) -> tuple[dict, str]:
     return result, as_text(result)
 
 
+def run_decode(options: argparse.Namespace) -> tuple[dict, str]:
+    from dc_megatron.benchmark.decode import as_text, benchmark_decode
+
+    show = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    result = benchmark_decode(options.pictures, options.rounds, options.threads, show)
+    return result, as_text(result)
+
+
+def run_pixels(options: argparse.Namespace) -> tuple[dict, str]:
+    from dc_megatron.benchmark.pixels import as_text, benchmark_pixels
+
+    result = benchmark_pixels(options.pictures, options.seed, options.device)
+    return result, as_text(result)
+
+
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", required=True, metavar="NAME", help="7b, 70b or tiny")
     parser.add_argument("--folder", required=True, metavar="DIR", help="on the disk to measure")
@@ -147,6 +164,18 @@ def add_index(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_decode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pictures", type=int, default=256, metavar="N", help="in a round (default: 256)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of each contender (default: 2)")
+
+
+def add_pixels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pictures", type=int, default=500, metavar="N", help="default: 500")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the pictures (default: 1)")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu", help="where DALI decodes (default: cpu)")
+
+
 # name -> (what it measures, its flags, its function)
 BENCHMARKS = {
     "conversion": ("import and export of a checkpoint against cp and sync", add_conversion, run_conversion),
@@ -156,6 +185,8 @@ BENCHMARKS = {
         add_packed_training,
         run_packed_training,
     ),
+    "decode": ("pictures a second, decoded and preprocessed, against transformers", add_decode, run_decode),
+    "pixels": ("differences between pixels from DALI and from PIL", add_pixels, run_pixels),
     "index": ("speed and memory of the data index", add_index, run_index),
     "direct-load": ("bytes that a rank reads of a Hugging Face folder", add_direct_load, run_direct_load),
 }

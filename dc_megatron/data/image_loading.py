@@ -23,6 +23,7 @@ from dc_megatron.data.array_pool import ArrayPool
 from dc_megatron.data.faults import RecordFault
 from dc_megatron.data.image_reference import DECODE_ERRORS, pixels_of, pixels_of_bytes, substitute
 from dc_megatron.data.picture import Picture
+from dc_megatron.data.retrying import StoreFailure
 from dc_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class ImageLoader(ABC):
     def load(self, requests: Sequence[ImageRequest]) -> tuple[torch.Tensor, list[int]]:
         """(float32 [sum of len(r.tiles), 3, H, W], numbers of the requests that failed), both in the requests' order.
 
-        The tiles of a failed request are of the pad colour, with a warning that names the file (once a file).
+        The tiles of a failed request are of the pad colour, with a warning that names the file (once a file). UserError:
+        the store itself fails.
         """
         size = self.vision.image_size
         ends = np.cumsum([0, *(len(request.tiles) for request in requests)]).tolist()
@@ -121,6 +123,8 @@ class ImageLoader(ABC):
     def _read(self, request: ImageRequest) -> bytes | None:
         try:
             return request.store.read(request.picture.name)
+        except StoreFailure as error:
+            raise _store_failed(request, error) from None
         except LOAD_ERRORS as error:
             self._warn(request, error)
             return None
@@ -132,6 +136,8 @@ class ImageLoader(ABC):
         first = requests[0]
         try:
             frames = read_frames(first.store, first.picture.name, [request.picture.frame for request in requests])
+        except StoreFailure as error:
+            raise _store_failed(first, error) from None
         except LOAD_ERRORS as error:
             self._warn(first, error)
             frames = [None] * len(requests)
@@ -173,6 +179,10 @@ class PilImageLoader(ImageLoader):
     ) -> list[int]:
         images = enumerate(zip(requests, reading, places, strict=True))
         return [n for n, (request, data, place) in images if not self._fill(request, data.result(), place)]
+
+
+def _store_failed(request: ImageRequest, error: StoreFailure) -> UserError:
+    return UserError(f"--image_folder {request.store.location}: {error}; start again when the store answers")
 
 
 def _same_video(requests: Sequence[ImageRequest]) -> list[list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 
 import numpy as np
+import PIL
 import torch
 from torch.nn.functional import interpolate
 
@@ -16,6 +17,7 @@ from dc_megatron.config import ImageTiling, VisionConfig
 from dc_megatron.data.array_pool import ArrayPool
 from dc_megatron.data.image_reference import geometry
 
+PILLOW = int(PIL.__version__.partition(".")[0])
 _own = threading.local()
 # uint8 [H, W, 3]: numpy on the CPU, where torch would start a team of threads for every thread that decodes.
 Pixels = np.ndarray | torch.Tensor
@@ -85,12 +87,25 @@ def _canvases() -> ArrayPool:
 
 def _resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     """Bicubic with antialiasing, as PIL's; size: (vertical, horizontal)."""
-    if isinstance(pixels, np.ndarray):
-        image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        return interpolate(image, size=size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
-    image = pixels.permute(2, 0, 1)[None].float()
-    image = interpolate(image, size=size, mode="bicubic", antialias=True)
-    return image.round_().clamp_(0, 255).to(torch.uint8)[0].permute(1, 2, 0)
+    if not isinstance(pixels, np.ndarray):
+        image = interpolate(_batch(pixels).float(), size=size, mode="bicubic", antialias=True)
+        return image.round_().clamp_(0, 255).to(torch.uint8)[0].permute(1, 2, 0)
+    image = _batch(torch.from_numpy(pixels))
+    if _vertical_first(pixels.shape[:2], size):
+        image = interpolate(image, size=(size[0], pixels.shape[1]), mode="bicubic", antialias=True)
+    return interpolate(image, size=size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def _batch(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.permute(2, 0, 1)[None]
+
+
+def _vertical_first(size: tuple[int, int], wanted: tuple[int, int]) -> bool:
+    """Whether PIL resizes rows before columns, which rounds in another order: since Pillow 13, of pictures that lose
+    much more of their height than of their width. torch resizes columns first, always.
+    """
+    lost_height, lost_width = (before - after for before, after in zip(size, wanted, strict=True))
+    return PILLOW >= 13 and lost_height > max(0, 2 * lost_width)
 
 
 def _normalise(pixels: Pixels, vision: VisionConfig, place: torch.Tensor) -> None:
