@@ -7,9 +7,12 @@ import os
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from dc_megatron.config import DataConfig, DataSource, ImageTiling, VisionConfig
-from dc_megatron.data.picture import Picture
+from dc_megatron.data.image_loading import image_loader, tile_requests
+from dc_megatron.data.image_store import FolderStore
+from dc_megatron.data.picture import Picture, make_picture
 
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant.",
@@ -166,6 +169,15 @@ def tiling(tile_tokens: int = 4, **overrides) -> ImageTiling:
 def picture(name: str = "a.jpg", tokens: int = 4, **overrides) -> Picture:
     """A picture of one tile."""
     return Picture(name, **{"width": 40, "height": 32, "tokens": tokens, **overrides})
+
+
+def pixels_of_files(vision: VisionConfig, tiling: ImageTiling, files, aspect_ratio: str = "pad") -> Tensor:
+    """float32 [tiles, 3, H, W] of whole files, by PIL."""
+    store = FolderStore("")
+    pictures = [make_picture(tiling, str(file), *Image.open(file).size) for file in files]
+    tiles = range(sum(picture.tiles for picture in pictures))
+    loader = image_loader("pil", vision, aspect_ratio, tiling)
+    return loader.load(tile_requests(pictures, [store], tiles))[0]
 
 
 def data_config(folder, data_path, tokenizer_path, **overrides) -> DataConfig:

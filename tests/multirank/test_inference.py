@@ -7,15 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, image_tokens
-from dc_megatron.data.image_loading import image_loader
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, image_tiling
 from dc_megatron.data.index import build_index, open_index
 from dc_megatron.data.rows import assemble
 from dc_megatron.data.tokenization import encode_prompt, load_tokenizer
 from dc_megatron.inference.source import Source
 from dc_megatron.reference.model import ReferenceModel
 from dc_megatron.weights.projector_files import write_projector
-from tests.helpers.data_files import data_config
+from tests.helpers.data_files import data_config, pixels_of_files
 from tests.helpers.workspace import make_workspace
 from tests.multirank import parity
 
@@ -47,10 +46,11 @@ def setting(tmp_path_factory):
 def reference_answer(workspace, model, source, question: str, images: tuple[str, ...]) -> str:
     """Greedy tokens of one question, one at a time, through the reference."""
     vision, connector = model.vision, model.connector_config
+    tiling = image_tiling(vision, connector)
     tokenizer = load_tokenizer(workspace["llama"], source.version)
-    ids, mask = encode_prompt(tokenizer, source.version, question, len(images), image_tokens(vision, connector))
+    ids, mask = encode_prompt(tokenizer, source.version, question, [tiling.tile_tokens] * len(images))
     ids, mask = list(ids), list(mask)
-    pixels, _ = image_loader("pil", vision, "pad").load(images)
+    pixels = pixels_of_files(vision, tiling, images)
     given = []
     for _ in range(NEW_TOKENS):
         length = len(ids)
@@ -107,7 +107,7 @@ def test_scores_equal_the_reference(workers, setting, tmp_path, layout):
         workspace["llama"],
         model_max_length=128,
         seq_length=128,
-        tokens_per_image=image_tokens(model.vision, model.connector_config),
+        tiling=image_tiling(model.vision, model.connector_config),
         max_bad_sample_rate=0.5,
     )
     build_index(config, str(tmp_path))
@@ -115,9 +115,9 @@ def test_scores_equal_the_reference(workers, setting, tmp_path, layout):
     loss_sum = 0.0
     for number, entry in enumerate(entries):
         sample = index[number]
-        batch = assemble([sample], 128, config.tokens_per_image)
-        files = [f"{workspace['images']}/{name}" for name in sample.images]
-        batch["pixel_values"], _ = image_loader("pil", model.vision, "pad").load(files)
+        batch = assemble([[sample]], 128, config.tiling)
+        files = [f"{workspace['images']}/{image.name}" for image in sample.images]
+        batch["pixel_values"] = pixels_of_files(model.vision, config.tiling, files)
         with torch.no_grad():
             output = model(batch)
         assert entry["supervised_tokens"] == output.supervised_tokens

@@ -11,6 +11,8 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from dc_megatron.config import (
     ConnectorConfig,
     DataConfig,
+    DataSource,
+    ImageTiling,
     LanguageConfig,
     VisionConfig,
     check_parallel_layout,
@@ -299,21 +301,24 @@ def test_shares_of_images_follow_each_other(count, size, shares):
 
 def data_config(**values):
     given = {"version": "v1", "image_aspect_ratio": "pad", "model_max_length": 64, "seq_length": 64}
-    return DataConfig("data.json", "images", "tokenizer", tokens_per_image=16, **{**given, **values})
+    sources = (DataSource("a.json", "images"), DataSource("b.json", "images", 0.5))
+    return DataConfig(sources, "tokenizer", tiling=ImageTiling(28, 4, 2), **{**given, **values})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"version": "v2"}, "--version v2: unknown"),
-        ({"image_aspect_ratio": "anyres"}, "--image_aspect_ratio anyres: unknown"),
+        ({"image_aspect_ratio": "any"}, "--image_aspect_ratio any: unknown"),
         ({"order": "sorted"}, "--data-order sorted: unknown"),
         ({"image_backend": "cv2"}, "--image-backend cv2: unknown"),
+        ({"packing": "first-fit"}, r"--packing first-fit: unknown \(did you mean 'best-fit'"),
+        ({"image_decode_device": "cuda"}, "--image-decode-device cuda: unknown"),
         ({"model_max_length": 65}, "--model_max_length 65: longer than --seq-length 64"),
     ],
 )
 def test_data_settings_are_checked(values, message):
-    data_config()
+    assert (data_config().data_path, data_config().image_folder) == ("a.json b.json", "images")
     with pytest.raises(UserError, match=message):
         data_config(**values)
 

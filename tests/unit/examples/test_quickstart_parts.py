@@ -205,7 +205,7 @@ def test_summary_counts_pictures_and_blanks_apart(tmp_path):
     result = run_summary(tmp_path)
     assert result.returncode == 0, result.stderr
     written = json.loads((tmp_path / "summary.json").read_text())
-    stage = {"first_loss": 4.0, "last_loss": 1.0, "seconds": 6.5}
+    stage = {"first_loss": 4.0, "last_loss": 1.0, "seconds": 6.5, "fill": 0.98}
     assert written == {
         "stages": [
             {"name": "text", **stage, "accuracy": None},
@@ -227,6 +227,7 @@ def test_summary_counts_pictures_and_blanks_apart(tmp_path):
         "loss.png",
         "tools/generate.py",
         "4.00 -> 1.00",
+        "98.0 %",
         "the same answer to 6 of 7 questions",
         "    What is it?  ->  Red.",
     ):

@@ -6,6 +6,7 @@ import pytest
 
 from dc_megatron.inference import score
 from dc_megatron.inference.source import Source
+from tests.helpers.data_files import tiling
 
 
 def test_the_data_is_checked_against_the_models_vocabulary(monkeypatch):
@@ -14,7 +15,7 @@ def test_the_data_is_checked_against_the_models_vocabulary(monkeypatch):
         version="v1",
         image_aspect_ratio="pad",
         model_max_length=None,
-        tokens_per_image=4,
+        tiling=tiling(),
     )
 
     class Asked(Exception):
