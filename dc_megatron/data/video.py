@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dc_megatron.data.image_store import ImageStore
+from dc_megatron.data.retrying import StoreFailure
 from dc_megatron.errors import UserError
 
 # Types of av, which is imported only where a video is read.
@@ -125,7 +126,7 @@ class _Video:
 
 @contextmanager
 def _opened(store: ImageStore, name: str) -> Iterator[_Video]:
-    """The video; whatever goes wrong inside, but _NotByTime, is an OSError. Callers add the name."""
+    """The video; whatever goes wrong inside, but _NotByTime and StoreFailure, is an OSError. Callers add the name."""
     av = _av()
     with store.open(name, _BLOCK_BYTES) as file:
         try:
@@ -141,7 +142,7 @@ def _opened(store: ImageStore, name: str) -> Iterator[_Video]:
                 if not 0 < width * height <= _MAX_FRAME_PIXELS:
                     raise OSError(f"frames of {width} x {height} pixels (limit {_MAX_FRAME_PIXELS} pixels)")
                 yield _Video(container, stream, width, height)
-        except _NotByTime:
+        except (_NotByTime, StoreFailure):
             raise
         except Exception as error:
             raise OSError(getattr(error, "strerror", None) or str(error)) from error
