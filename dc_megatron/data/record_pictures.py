@@ -62,7 +62,7 @@ class PictureReader:
         if header is None:
             header = self._headers[name] = self._header(name)
         if isinstance(header, RecordFault):
-            raise header
+            raise header.with_traceback(None)
         self.notes += [(name, kind) for kind in header.notes]
         return make_picture(self._tiling, name, header.width, header.height, source=self._source)
 
