@@ -69,13 +69,15 @@ def main(argv: list[str] | None = None) -> int:
     from dc_megatron.errors import UserError
 
     try:
-        from dc_megatron.reports.preflight import preflight
         from dc_megatron.reports.preflight_settings import PreflightSettings, decode_count
-        from dc_megatron.reports.preflight_text import as_text
-        from dc_megatron.reports.progress_line import ProgressLine
 
         options |= {name: tuple(options[name]) for name in ("data_path", "image_folder")}
         settings = PreflightSettings(**options | {"decode": decode_count(options["decode"])})
+
+        from dc_megatron.reports.preflight import preflight
+        from dc_megatron.reports.preflight_text import as_text
+        from dc_megatron.reports.progress_line import ProgressLine
+
         line = ProgressLine()
         try:
             report = preflight(settings, line)

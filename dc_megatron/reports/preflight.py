@@ -94,7 +94,7 @@ def preflight(settings: PreflightSettings, progress: Progress = lambda what, don
         built = []
 
         def counted(done: int, total: int) -> None:
-            built.append(done) if not built else None
+            built[:] = [done]
             progress("records indexed", done, total)
 
         build_index(config, folder, counted, check=False)
@@ -239,7 +239,8 @@ def _advice(
     )
     longest = max(int(columns.length.max(initial=0)), int(records.doubtful.max(initial=0)))
     if longest:
-        value, why = suggested_maximum(shares, longest, positions)
+        seq_length = suggestions["seq_length"]["value"] if suggestions else None
+        value, why = suggested_maximum(shares, config.model_max_length, longest, seq_length, positions)
         suggestions["model_max_length"] = {"value": value, "why": why}
     return {"packing": table, "cut": shares, "suggestions": suggestions}
 

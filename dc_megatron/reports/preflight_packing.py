@@ -9,13 +9,15 @@ import numpy as np
 from dc_megatron.config import DataConfig
 from dc_megatron.data.epoch_order import epoch_samples
 from dc_megatron.data.packing import pack, statistics
-from dc_megatron.reports.words import count, percent
+from dc_megatron.reports.words import count, percent, several
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 GOOD_FILL = 0.98
 PADDED_BATCH = 16
 # A cut that costs no more than this share of the samples is advised.
 CUT_SHARE = 0.01
+# Of fewer rows, the last one alone keeps them from being full.
+_FEW_ROWS = 50
 # Rows are packed window by window, so that more samples than this fill them no better.
 MOST_PACKED = 200_000
 
@@ -50,7 +52,7 @@ def packing_table(
 
 def suggested_length(table: dict) -> tuple[int, str]:
     """(--seq-length, why)."""
-    rows = table["rows"]
+    rows, padded = table["rows"], table["padded"]
     good = [row for row in rows if row["fill"] >= GOOD_FILL]
     if good:
         row = good[0]
@@ -58,10 +60,11 @@ def suggested_length(table: dict) -> tuple[int, str]:
     else:
         row = max(rows, key=lambda one: one["fill"])
         why = f"the fullest rows, {percent(row['fill'])}; no length reaches {percent(GOOD_FILL)}"
-    times = row["fill"] / table["padded"]["fill"]
+        if row["rows"] < _FEW_ROWS:
+            why += f", because the data makes only {several(row['rows'], 'row')}"
     return row["seq_length"], (
-        f"{why}; padded to the longest of {PADDED_BATCH} samples {percent(table['padded']['fill'])} of the positions"
-        f" would be used, so packing computes {times:.2f} times as much per position"
+        f"{why}; of rows padded to the longest of {PADDED_BATCH} samples {percent(padded['fill'])} are used,"
+        f" {row['fill'] / padded['fill']:.2f} times less"
     )
 
 
@@ -83,19 +86,31 @@ def cut_shares(uncut: np.ndarray, doubtful: np.ndarray, doubtful_samples: int, l
     ]
 
 
-def suggested_maximum(shares: list[dict], longest: int, positions: int | None) -> tuple[int, str]:
-    """(--model_max_length, why). longest: of all samples, uncut; positions: the model's own limit, None: not known."""
-    possible = [one for one in shares if positions is None or one["model_max_length"] <= positions] or shares[:1]
-    good = [one for one in possible if one["share"] <= CUT_SHARE]
-    chosen = good[0] if good else possible[-1]
-    below = [one for one in shares if one["model_max_length"] < chosen["model_max_length"]]
-    why = f"cuts {percent(chosen['share'])} of the samples" if chosen["share"] else "cuts no sample"
-    why += f"; the longest has {count(longest)} positions"
-    if below:
-        why += f", and {below[-1]['model_max_length']} would cut {percent(below[-1]['share'])}"
-    if not good and positions is not None:
-        why += f"; the model has {count(positions)} positions"
-    return chosen["model_max_length"], why
+def suggested_maximum(
+    shares: list[dict], limit: int, longest: int, seq_length: int | None, positions: int | None
+) -> tuple[int, str]:
+    """(--model_max_length, why): ``limit`` while that is enough.
+
+    longest: of all samples, uncut. seq_length: the one that is suggested, None: nothing is kept. positions: the
+    language model's limit, None: not known.
+    """
+    of = {one["model_max_length"]: one["share"] for one in shares}
+    words = f"the longest sample has {count(longest)} positions"
+    if seq_length is not None and seq_length < limit:
+        # Rows hold the longest sample, so nothing was cut.
+        return seq_length, f"not above --seq-length; cuts no sample, {words}"
+    if of[limit] <= CUT_SHARE:
+        return limit, f"enough: cuts {_share(of[limit])}, {words}"
+    longer = [length for length in of if length > limit and (positions is None or length <= positions)]
+    enough = [length for length in longer if of[length] <= CUT_SHARE]
+    chosen = (enough or longer[-1:] or [limit])[0]
+    if chosen == limit:
+        return limit, f"cuts {_share(of[limit])}, {words}, and the language model has {positions} positions"
+    return chosen, f"cuts {_share(of[chosen])}, {limit} cuts {_share(of[limit])}; {words}; rows have to be as long"
+
+
+def _share(share: float) -> str:
+    return f"{percent(share)} of the samples" if share else "no sample"
 
 
 def _candidates(longest: int, usual: int) -> list[int]:

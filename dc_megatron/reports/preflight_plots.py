@@ -13,6 +13,8 @@ from dc_megatron.reports.preflight_columns import Columns
 _SIZE = (5.6, 2.9)
 _INK, _SECOND, _GRID = "#2b5c8a", "#d9822b", "#d5d9de"
 _MOST_POINTS = 20_000
+# Sizes that differ more are drawn on a logarithmic axis.
+_WIDE_RANGE = 20
 
 
 def plots(columns: Columns, packing: dict, model_max_length: int) -> dict[str, str]:
@@ -75,9 +77,11 @@ def _supervised(columns: Columns) -> str:
 
 def _pictures(columns: Columns) -> str:
     figure, axes = _figure("Pictures a sample (a frame of a video is a picture)", "pictures", "samples")
-    axes.hist(columns.pictures, _edges(columns.pictures), color=_INK, rwidth=0.9)
+    # From 0 on, so that a data set with one number of pictures has an axis.
+    axes.hist(columns.pictures, _edges(np.append(columns.pictures, 0)), color=_INK, rwidth=0.9)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_yscale("log", nonpositive="clip")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     return _uri(figure)
 
 
@@ -88,15 +92,14 @@ def _sizes(columns: Columns) -> str:
         numbers = np.random.RandomState(0).choice(numbers, _MOST_POINTS, replace=False)
     width, height = columns.width[numbers], columns.height[numbers]
     strength = 0.9 if len(numbers) < 200 else 0.25
-    axes.scatter(width, height, s=7, color=_INK, alpha=strength, linewidths=0)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.scatter(width, height, s=9, color=_INK, alpha=strength, linewidths=0)
     axes.grid(axis="x", color=_GRID, linewidth=0.6)
     for axis, values in ((axes.xaxis, width), (axes.yaxis, height)):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-        if values.max() < 10 * values.min():
-            axis.set_minor_formatter(lambda value, _: f"{value:g}")
-    axes.tick_params(which="minor", labelsize=6)
+        if values.max() > _WIDE_RANGE * values.min():
+            axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+            axis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        else:
+            axis.axes.set(**{f"{axis.axis_name}lim": (0, 1.08 * values.max())})
     return _uri(figure)
 
 

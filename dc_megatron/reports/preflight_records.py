@@ -29,12 +29,17 @@ from dc_megatron.reports.preflight_columns import Columns
 # What templates write around messages; inside of a message it was written by another program, or by another template.
 _MARKS = (
     r"\b(?:USER|ASSISTANT):",
-    r"<\|(?:im_start|im_end|eot_id|start_header_id|end_header_id|begin_of_text|endoftext|end|user|assistant|system)\|>",
+    r"<\|[^|<>\s]{1,40}\|>",
     r"</s>",
     r"###\s*(?:Human|Assistant|Instruction|Response|User|System)\s*:",
     r"\[/?INST\]",
     r"<</?SYS>>",
 )
+# One of these is in every text with a mark; looking for them is much cheaper than the pattern.
+_HINTS = ("<", "[", "###", "USER:", "ASSISTANT:")
+# Different words that are told apart; a text may hold any number of them.
+_MOST_MARKS = 50
+_OTHER_MARKS = "others"
 EXAMPLES = 5
 # Of samples that were cut, so many are tokenised once more to learn how long they are.
 _MOST_DOUBTFUL = 2000
@@ -93,26 +98,37 @@ def read_records(
 
     without_target: (source, record) of those dropped for want of a target, in order. progress(records).
     """
-    reader = _Reader(config, columns, without_target, marks_of(tokenizer))
+    reader = _Reader(config, columns, without_target, Marks(tokenizer))
     for source in range(len(config.sources)):
         for done in reader.read(source):
             progress(done)
     return reader.findings(tokenizer, stores)
 
 
-def marks_of(tokenizer: TextTokenizer) -> re.Pattern:
-    """Words of templates, and the tokenizer's special tokens: it takes those for tokens wherever they stand."""
-    added = tokenizer.hugging_face.added_tokens_decoder.values()
-    special = sorted((token.content for token in added if token.special and token.content.strip()), key=len)
-    # The mark for an image is put there by the format itself.
-    special = [content for content in special if content != IMAGE_MARK]
-    return re.compile("|".join([*map(re.escape, reversed(special)), *_MARKS]))
+class Marks:
+    """Finds words of templates, and the tokenizer's special tokens: it takes those for tokens wherever they stand."""
+
+    def __init__(self, tokenizer: TextTokenizer):
+        added = tokenizer.hugging_face.added_tokens_decoder.values()
+        known = re.compile("|".join(_MARKS))
+        # The mark for an image is put there by the format itself.
+        special = {token.content for token in added if token.special and token.content.strip()} - {IMAGE_MARK}
+        special = sorted((one for one in special if not known.fullmatch(one)), key=len, reverse=True)
+        self._pattern = re.compile("|".join([*_MARKS, *map(re.escape, special)]))
+        self._hints = (*_HINTS, *(one for one in special if not any(hint in one for hint in _HINTS)))
+
+    def find(self, text: str) -> Iterator[tuple[str, str]]:
+        """(mark, what stands around it) of every one; ``text`` without its ``<image>``."""
+        text = text.replace(IMAGE_MARK, "")
+        if any(hint in text for hint in self._hints):
+            for match in self._pattern.finditer(text):
+                yield " ".join(match.group().split()), _around(text, match.start(), match.end())
 
 
 class _Reader:
-    def __init__(self, config: DataConfig, columns: Columns, without_target, marks: re.Pattern):
-        self._config, self._columns, self._pattern = config, columns, marks
-        self._kept = zip(columns.source.tolist(), columns.record.tolist(), strict=True)
+    def __init__(self, config: DataConfig, columns: Columns, without_target, finder: Marks):
+        self._config, self._columns, self._finder = config, columns, finder
+        self._kept = _places(columns)
         self._next_kept = next(self._kept, _NOBODY)
         self._position = 0
         self._without_target = iter(without_target)
@@ -168,13 +184,14 @@ class _Reader:
             value = message.get("value") if isinstance(message, dict) else None
             if not isinstance(value, str):
                 continue
-            for match in self._pattern.finditer(value):
-                found.setdefault(" ".join(match.group().split()), _around(value, match.start(), match.end()))
+            for mark, text in self._finder.find(value):
+                found.setdefault(mark, text)
             if not with_image and message.get("from") == "gpt" and IMAGE_MARK in value:
                 start = value.index(IMAGE_MARK)
                 with_image = _around(value, start, start + len(IMAGE_MARK))
         name = identifier(record, number)
         for mark, text in found.items():
+            mark = mark if mark in self._marks or len(self._marks) < _MOST_MARKS else _OTHER_MARKS
             _count(self._marks.setdefault(mark, MarkCount()), (source, number, name, text))
         self._marked[source] += bool(found)
         if with_image:
@@ -210,6 +227,13 @@ class _Reservoir:
             self.chosen.append(thing)
         elif (place := self._random.randrange(self.seen)) < self._room:
             self.chosen[place] = thing
+
+
+def _places(columns: Columns) -> Iterator[tuple[int, int]]:
+    """(source, record) of every kept sample, in order."""
+    for start in range(0, len(columns.source), 1 << 14):
+        part = slice(start, start + (1 << 14))
+        yield from zip(columns.source[part].tolist(), columns.record[part].tolist(), strict=True)
 
 
 def _full_lengths(config: DataConfig, chosen: list, tokenizer: TextTokenizer, stores) -> np.ndarray:

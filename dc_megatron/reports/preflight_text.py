@@ -53,7 +53,7 @@ def packing_rows(report: dict) -> list[tuple[str, ...]]:
     """Rows of the packing table as cells, its heading first."""
     packing, samples = report["packing"], report["settings"]["samples_per_step"]
     padded = packing["padded"]
-    heading = ("rows of", "fill", "rows an epoch", "samples a row", "pictures a row", f"steps of {samples} samples")
+    heading = ("rows of", "fill", "rows an epoch", "samples a row", "tiles a row", f"steps of {samples} samples")
     rows = [
         (
             str(row["seq_length"]),

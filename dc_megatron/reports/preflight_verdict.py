@@ -6,7 +6,6 @@ Refused is what training refuses by the same settings, and texts that are full o
 from __future__ import annotations
 
 from dc_megatron.config import DataConfig
-from dc_megatron.data.image_header import NOTES
 from dc_megatron.data.index import IndexSummary
 from dc_megatron.reports.words import count, one_line, percent, several
 
@@ -120,13 +119,6 @@ def _lengths(report: dict, config: DataConfig, positions: int | None):
             WARNING,
             f"--model_max_length {config.model_max_length}: the model's max_position_embeddings is {positions}",
         )
-    suggested = report["suggestions"].get("seq_length")
-    if suggested and suggested["value"] < config.model_max_length:
-        yield (
-            NOTE,
-            f"--seq-length {suggested['value']} needs --model_max_length of at most that; the longest sample has"
-            f" {report['packing']['longest']} positions",
-        )
 
 
 def _duplicates(report: dict):
@@ -148,5 +140,5 @@ def _odd(report: dict):
         (NOTE, [kind for kind in odd if kind not in _WORTH_A_WARNING]),
     ):
         if kinds:
-            words = ", ".join(f"{count(odd[kind]['count'])} x {NOTES.get(kind, kind)}" for kind in kinds)
+            words = ", ".join(f"{count(odd[kind]['count'])} x {odd[kind]['what'].split(';')[0]}" for kind in kinds)
             yield level, f"odd pictures, which are trained on: {words}"

@@ -1,4 +1,4 @@
-"""A miniature data set with one of everything that a preflight should find, and texts that attack whoever shows them."""
+"""A miniature data set with one of everything that a preflight should find, and texts that attack their reader."""
 
 from __future__ import annotations
 
