@@ -127,7 +127,7 @@ def summary(entries: list[dict]) -> dict:
 def as_text(result: dict) -> str:
     """The distributions as a table, for people."""
     lines = [
-        f"{result['pictures']} pictures, DALI ({result['device']}) against PIL; differences in steps of a byte (of 255):",
+        f"{result['pictures']} pictures, DALI ({result['device']}) against PIL; differences in steps of 1/255:",
         "",
         "tower    pictures   aspect   mean      p50      p99      max      pixel   others   their pixel",
     ]
