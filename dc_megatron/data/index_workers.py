@@ -39,7 +39,7 @@ def worker_count(workers: int | None, size: int) -> int:
     return 1 if size < _SMALL_BYTES else min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
 
 
-def sample_makers(config: DataConfig, tokenizer: TextTokenizer, cache: str, count: int) -> _Here | _Pool:
+def sample_makers(config: DataConfig, tokenizer: TextTokenizer, cache: str | None, count: int) -> _Here | _Pool:
     """A context manager whose ``map`` turns (source, chunk) pairs into ChunkResults, in order.
 
     cache: the stores' (see ``open_store``). UserError: a store cannot be opened.
@@ -50,7 +50,7 @@ def sample_makers(config: DataConfig, tokenizer: TextTokenizer, cache: str, coun
 class _Here:
     """Everything in this process."""
 
-    def __init__(self, config: DataConfig, tokenizer: TextTokenizer, cache: str):
+    def __init__(self, config: DataConfig, tokenizer: TextTokenizer, cache: str | None):
         self._maker = SampleMaker(config, tokenizer, cache)
 
     def __enter__(self) -> _Here:
@@ -66,7 +66,7 @@ class _Here:
 class _Pool:
     """``count`` workers; a thread for each talks to it, so that all wait at the same time."""
 
-    def __init__(self, config: DataConfig, tokenizer: TextTokenizer, cache: str, count: int):
+    def __init__(self, config: DataConfig, tokenizer: TextTokenizer, cache: str | None, count: int):
         # What is wrong with a store is said once, and shards are listed once, for all workers.
         open_stores(config.sources, cache=cache)
         self._setup = pickle.dumps((config, _portable(tokenizer), cache))
