@@ -150,20 +150,19 @@ def interrupted(config, chunk):
 
 _BUILD = """
 import pickle, sys
-from tests.helpers.data_files import data_config
 from dc_megatron.data import index_build, json_stream
 from dc_megatron.data.index import build_index
 
-images, data, tokenizer, pickled, folder = sys.argv[1:]
-chunk = next(json_stream.json_chunks(data))
+config, tokenizer, folder = pickle.load(open(sys.argv[1], "rb"))
+chunk = next(json_stream.json_chunks(config.sources[0].data_path))
 def endless(config):
     while True:
         yield 0, chunk
 index_build._chunks = endless
 # transformers takes seconds to import.
-index_build.load_tokenizer = lambda *_: pickle.load(open(pickled, "rb"))
+index_build.load_tokenizer = lambda *_: tokenizer
 # No guard of __main__ here, either: workers do not run this file again.
-build_index(data_config(images, data, tokenizer), folder, lambda *_: print("working", flush=True), workers=2)
+build_index(config, folder, lambda *_: print("working", flush=True), workers=2)
 """
 
 
@@ -171,12 +170,9 @@ build_index(data_config(images, data, tokenizer), folder, lambda *_: print("work
 def test_no_worker_outlives_the_builder(config, tmp_path, number):
     tokenizer = load_tokenizer(config.tokenizer_path)
     tokenizer.hugging_face = None
-    (tmp_path / "pickled").write_bytes(pickle.dumps(tokenizer))
-    source = config.sources[0]
-    words = [source.image_folder, source.data_path, config.tokenizer_path, str(tmp_path / "pickled"), str(tmp_path)]
-    builder = subprocess.Popen(
-        [sys.executable, "-c", _BUILD, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    (tmp_path / "pickled").write_bytes(pickle.dumps((config, tokenizer, str(tmp_path))))
+    words = [sys.executable, "-c", _BUILD, str(tmp_path / "pickled")]
+    builder = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert builder.stdout.readline() == "working\n"
     with open(f"/proc/{builder.pid}/task/{builder.pid}/children", encoding="utf-8") as file:
         workers = [int(word) for word in file.read().split()]
