@@ -88,7 +88,7 @@ def preflight(settings: PreflightSettings, progress: Progress = lambda what, don
     """
     shapes = read_shapes(settings)
     config = data_config(settings, shapes)
-    _check_page(settings)
+    _check_places(settings)
     with contextlib.ExitStack() as stack:
         folder = settings.index_folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="preflight-"))
         built = []
@@ -283,8 +283,13 @@ def _lines(folder: str, name: str) -> Iterator[dict]:
         yield from map(json.loads, file)
 
 
-def _check_page(settings: PreflightSettings) -> None:
-    """UserError where the page could not be written once all the work is done."""
+def _check_places(settings: PreflightSettings) -> None:
+    """UserError where index or page could not be written; makes the index's folder."""
+    if settings.index_folder:
+        try:
+            os.makedirs(settings.index_folder, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--index-folder {settings.index_folder}: cannot be made: {error}") from None
     folder = os.path.dirname(settings.page)
     if settings.html and folder and not os.path.isdir(folder):
         raise UserError(f"--html {settings.html}: no folder {folder}; make it first")

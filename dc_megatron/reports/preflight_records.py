@@ -98,11 +98,11 @@ def read_records(
 
     without_target: (source, record) of those dropped for want of a target, in order. progress(records).
     """
-    reader = _Reader(config, columns, without_target, Marks(tokenizer))
+    reader = _Reader(config, columns, without_target, tokenizer, stores)
     for source in range(len(config.sources)):
         for done in reader.read(source):
             progress(done)
-    return reader.findings(tokenizer, stores)
+    return reader.findings()
 
 
 class Marks:
@@ -126,8 +126,9 @@ class Marks:
 
 
 class _Reader:
-    def __init__(self, config: DataConfig, columns: Columns, without_target, finder: Marks):
-        self._config, self._columns, self._finder = config, columns, finder
+    def __init__(self, config: DataConfig, columns: Columns, without_target, tokenizer: TextTokenizer, stores):
+        self._config, self._columns, self._finder = config, columns, Marks(tokenizer)
+        self._maker = SampleMaker(replace(config, model_max_length=1 << 40, seq_length=1 << 40), tokenizer, stores)
         self._kept = _places(columns)
         self._next_kept = next(self._kept, _NOBODY)
         self._position = 0
@@ -161,11 +162,11 @@ class _Reader:
                 self._with_video[source] += 1
             if self._may_be_cut(_names(whole, "image"), videos):
                 self._whole[self._position] = False
-                self._doubtful.add((source, number, whole))
+                self._doubtful.add(lambda: self._full_length(source, number, whole))
             self._next_kept = next(self._kept, _NOBODY)
             self._position += 1
         elif (source, number) == self._next_without:
-            self._doubtful.add((source, number, whole))
+            self._doubtful.add(lambda: self._full_length(source, number, whole))
             self._next_without = next(self._without_target, _NOBODY)
 
     def _may_be_cut(self, images: int, videos: int) -> bool:
@@ -175,6 +176,14 @@ class _Reader:
             return True
         pictures = int(self._columns.pictures[self._position])
         return length + self._largest_picture > longest and (pictures < images or videos > 0)
+
+    def _full_length(self, source: int, number: int, record: dict) -> int:
+        """Positions of the record if nothing is cut."""
+        try:
+            return self._maker.sample(record, number, source).length
+        except RecordFault:
+            # No target anywhere in it, or a picture that went away since.
+            return 0
 
     def _look_at_texts(self, source: int, number: int, record: dict) -> None:
         messages = record.get("conversations")
@@ -197,7 +206,7 @@ class _Reader:
         if with_image:
             _count(self._answers, (source, number, name, with_image))
 
-    def findings(self, tokenizer: TextTokenizer, stores: Sequence[ImageStore]) -> RecordFindings:
+    def findings(self) -> RecordFindings:
         return RecordFindings(
             content=np.frombuffer(self._content, dtype=np.uint64) if self._content else np.zeros(0, np.uint64),
             ids=np.frombuffer(self._ids, dtype=np.uint64) if self._ids else np.zeros(0, np.uint64),
@@ -208,25 +217,25 @@ class _Reader:
             videos=self._videos,
             with_video=self._with_video,
             whole=self._whole,
-            doubtful=_full_lengths(self._config, self._doubtful.chosen, tokenizer, stores),
+            doubtful=np.array(self._doubtful.chosen, dtype=np.int64),
             doubtful_samples=self._doubtful.seen,
         )
 
 
 class _Reservoir:
-    """A fair choice of at most ``room`` things out of any number that come one by one."""
+    """A fair choice of at most ``room`` numbers out of any number that come one by one; only those are computed."""
 
     def __init__(self, room: int, seed: int):
         self._room, self._random = room, random.Random(seed)
-        self.chosen: list = []
+        self.chosen: list[int] = []
         self.seen = 0
 
-    def add(self, thing) -> None:
+    def add(self, number: Callable[[], int]) -> None:
         self.seen += 1
         if len(self.chosen) < self._room:
-            self.chosen.append(thing)
+            self.chosen.append(number())
         elif (place := self._random.randrange(self.seen)) < self._room:
-            self.chosen[place] = thing
+            self.chosen[place] = number()
 
 
 def _places(columns: Columns) -> Iterator[tuple[int, int]]:
@@ -234,19 +243,6 @@ def _places(columns: Columns) -> Iterator[tuple[int, int]]:
     for start in range(0, len(columns.source), 1 << 14):
         part = slice(start, start + (1 << 14))
         yield from zip(columns.source[part].tolist(), columns.record[part].tolist(), strict=True)
-
-
-def _full_lengths(config: DataConfig, chosen: list, tokenizer: TextTokenizer, stores) -> np.ndarray:
-    """int64: the positions of these records if nothing is cut."""
-    endless = replace(config, model_max_length=1 << 40, seq_length=1 << 40)
-    maker, lengths = SampleMaker(endless, tokenizer, stores), []
-    for source, number, record in chosen:
-        try:
-            lengths.append(maker.sample(record, number, source).length)
-        except RecordFault:
-            # No target anywhere in it, or a picture that went away since.
-            lengths.append(0)
-    return np.array(lengths, dtype=np.int64)
 
 
 def _content_hash(record: dict, image_folder: str) -> int:

@@ -291,6 +291,7 @@ def test_long_lists_are_capped_and_counted(settings, tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"html": "no/such/folder/page.html"}, "--html no/such/folder"),
+        ({"index_folder": __file__}, "--index-folder .*test_preflight"),
         ({"image_folder": ("nowhere",)}, "--image_folder nowhere"),
         ({"data_path": ("nowhere.json",)}, "--data_path nowhere.json"),
         ({"vision_tower": "nowhere"}, "--vision_tower nowhere"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -221,6 +222,32 @@ def test_thousands_of_different_marks_are_counted_together(tmp_path, tokenizer):
     found = read_records(config, columns, [], load_tokenizer(tokenizer), open_stores(config.sources))
     assert found.marks["others"].records == 10
     assert found.marked[0] == 60
+
+
+def random_value(state: random.Random, depth: int = 0):
+    """JSON that may be anything, often with the keys that records have."""
+    kind = state.randrange(4 if depth > 3 else 7)
+    if kind < 4:
+        leaves = (None, True, state.random() * 1e300, "", "<image>" * 3, "a/0000.jpg", "</s>\ud800\0", "USER: " * 50)
+        return state.choice(leaves)
+    if kind == 4:
+        return [random_value(state, depth + 1) for _ in range(state.randrange(4))]
+    keys = ("id", "image", "video", "conversations", "from", "value")
+    return {key: random_value(state, depth + 1) for key in keys if state.random() < 0.7}
+
+
+def test_any_json_is_read(tmp_path, tokenizer):
+    state = random.Random(3)
+    records = [random_value(state) for _ in range(600)] + caption_records(tmp_path / "images", 2)
+    for record in records[:300]:
+        if isinstance(record, dict):
+            record["conversations"] = conversation("<image>", random_value(state), "b", "a")
+    config = data_config(tmp_path / "images", write_records(tmp_path / "a.json", records), tokenizer)
+    summary = build_index(config, str(tmp_path / "index"), check=False)
+    columns = read_columns(arrow_path(str(tmp_path / "index"), summary.key))
+    found = read_records(config, columns, [], load_tokenizer(tokenizer), open_stores(config.sources))
+    assert len(found.content) == len(found.ids) == summary.records == len(records)
+    assert found.marked[0] > 0
 
 
 @pytest.mark.parametrize("kind", ["v1", "llama_3", "chatml_direct", "plain"])
