@@ -22,6 +22,8 @@ from dc_megatron.data.row_exchange import deal, exchange, relieve
 # Changes with every change of the rows that come out for the same input.
 PACKER_VERSION = 1
 WINDOW = 20_000
+# A window has that many rows as well, because it leaves half a row empty on average.
+_WINDOW_ROWS = 400
 # Part of a row, in thousandths, that is tried to be filled at first.
 _FILL = 999
 # How often a window is tried, with 0.2 % more rows every time, before the number of rows is searched for.
@@ -71,32 +73,30 @@ def pack(
 ) -> Rows:
     """Rows of at most ``seq_length`` positions that hold every entry of ``order`` (sample numbers) once.
 
-    lengths, tiles: int [n] of all samples. A row's samples come from one window of at most ``window`` entries, and
-    stand in the row as they do in ``order``. ``seed``: words that the order of a window's rows is drawn from; None
-    sorts them by their first sample.
+    lengths, tiles: int [n] of all samples. A row's samples come from one window of about ``window`` entries (more
+    where rows hold very many), and stand in the row as they do in ``order``. ``seed``: words that the order of a
+    window's rows is drawn from; None sorts them by their first sample.
     """
     order = np.asarray(order, dtype=np.int64)
     lengths, tiles = np.asarray(lengths), np.asarray(tiles)
     longest = int(lengths[order].max(initial=0))
     assert longest <= seq_length, f"a sample of {longest} positions cannot stand in a row of {seq_length}"
+    windows = min(-(-len(order) // window), int(lengths[order].sum(dtype=np.int64)) // (_WINDOW_ROWS * seq_length))
     parts, counts, expected = [order[:0]], [order[:0]], None
-    for number, own in enumerate(np.array_split(order, -(-len(order) // window)) if len(order) else []):
+    for number, own in enumerate(np.array_split(order, max(1, windows)) if len(order) else []):
         state = random_state(*((0,) if seed is None else seed), 1 + number)
         # Windows of a shuffled order are alike, so what one needs is a good guess for the next.
-        table, expected = _Window(lengths[own], tiles[own], seq_length, state).fill(expected if seed else None)
-        # Places sorted within a row, then rows by their first place, empty slots last.
-        table.sort(axis=1)
-        table = table[np.argsort(table[:, 0], kind="stable")]
+        rows, expected = _Window(lengths[own], tiles[own], seq_length, state).fill(expected if seed else None)
+        rows = sorted(sorted(row) for row in rows)
         if seed is not None:
-            table = table[state.permutation(len(table))]
-        filled = table < len(own)
-        parts.append(own[table[filled]])
-        counts.append(filled.sum(axis=1))
+            rows = [rows[row] for row in state.permutation(len(rows))]
+        parts.append(own[[place for row in rows for place in row]])
+        counts.append(np.array([len(row) for row in rows]))
     return Rows(np.concatenate(parts), np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64))
 
 
 class _Window:
-    """The samples of a window, by place; tables of rows are those of ``row_exchange``."""
+    """The samples of a window; rows are lists of their places in it."""
 
     def __init__(self, lengths: np.ndarray, tiles: np.ndarray, seq_length: int, state: np.random.RandomState):
         self._lengths = np.append(lengths, 0).astype(np.int64)
@@ -105,68 +105,70 @@ class _Window:
         self._total = int(self._lengths.sum())
         self._tokens_per_tile = self._total // max(1, int(self._tiles.sum()))
 
-    def fill(self, expected: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
-        """A table of few rows, none above ``seq_length``; how many rows for how many positions to expect next time."""
+    def fill(self, expected: tuple[int, int] | None) -> tuple[list[list[int]], tuple[int, int]]:
+        """Few rows, none above ``seq_length``; and how many rows for how many positions to expect next time."""
         fewest = self._rows_for(1000, self._seq_length * _FILL)
         first = fewest if expected is None else max(fewest, self._rows_for(*expected))
         # Not remembered for the next window: a little more for every unlucky one would add up.
         for more in range(_TRIES):
-            rows = first + 2 * more * first // 1000
-            table = self._even_rows(rows)
-            if _suffices(rows, table):
-                return table, expected or (rows, self._total)
-        rows, table = self._search(fewest, table)
-        return table, (rows, self._total)
+            number = first + 2 * more * first // 1000
+            rows = self._even_rows(number)
+            if _suffices(number, rows):
+                return rows, expected or (number, self._total)
+        number, rows = self._search(fewest, rows)
+        return rows, (number, self._total)
 
     def _rows_for(self, rows: int, positions: int) -> int:
         return max(1, min(self._count, -(-self._total * rows // positions)))
 
-    def _search(self, low: int, best: np.ndarray) -> tuple[int, np.ndarray]:
+    def _search(self, low: int, best: list[list[int]]) -> tuple[int, list[list[int]]]:
         """Bisect the number of rows between ``low``, too few, and those of ``best`` or of best-fit decreasing."""
         plain = best_fit(range(self._count), self._lengths.tolist(), self._seq_length, [])
         # Its rows of many short samples have many tiles, which a few rows fewer are not worth.
-        if len(plain) < 0.99 * len(best):
+        if 100 * len(plain) < 99 * len(best):
             best = self._alike_in_tiles(plain)
         high = len(best)
         while high - low > max(1, high // 500):
             middle = (low + high) // 2
-            table = self._even_rows(middle)
-            if _suffices(middle, table):
-                best, high = table, middle
+            rows = self._even_rows(middle)
+            if _suffices(middle, rows):
+                best, high = rows, middle
             else:
                 low = middle
         return high, best
 
-    def _even_rows(self, rows: int) -> np.ndarray:
-        """A table of ``rows`` rows, and of more where some could not be brought down to ``seq_length``."""
-        table = deal(self._lengths, rows)
-        worth = self._tokens_per_tile // 25
+    def _even_rows(self, number: int) -> list[list[int]]:
+        """``number`` rows, and more where some could not be brought down to ``seq_length``."""
+        table = deal(self._lengths, number)
+        worth = self._tokens_per_tile // 12
         exchange(table, self._lengths, self._tiles, self._state, rounds=_EVEN_ROUNDS, tile_worth=worth)
         relieve(table, self._lengths, self._state, limit=self._seq_length, rounds=_RELIEF_ROUNDS, patience=20)
-        kept = [[place for place in row if place < self._count] for row in table.tolist()]
-        lengths = self._lengths.tolist()
+        kept, lengths = self._listed(table), self._lengths.tolist()
         moved = [place for row in kept for place in _overhang(row, lengths, self._seq_length)]
         return self._alike_in_tiles(best_fit(moved, lengths, self._seq_length, kept))
 
-    def _alike_in_tiles(self, rows: list[list[int]]) -> np.ndarray:
-        """The rows as a table, tiles evened out where that leaves every row at ``seq_length`` or below."""
+    def _alike_in_tiles(self, rows: list[list[int]]) -> list[list[int]]:
+        """The rows with their tiles evened out where that leaves each at ``seq_length`` or below."""
+        # A few rows of very many samples would make the table large.
+        usual = 8 + 4 * self._count // len(rows)
+        others = [row for row in rows if len(row) >= usual]
+        rows = [row for row in rows if len(row) < usual]
+        if not rows:
+            return others
         slots = 1 + max(map(len, rows))
         table = np.array([row + [self._count] * (slots - len(row)) for row in rows], dtype=np.int64)
-        exchange(
-            table,
-            self._lengths,
-            self._tiles,
-            self._state,
-            rounds=_TILE_ROUNDS,
-            tile_worth=self._tokens_per_tile,
-            limit=self._seq_length,
-        )
-        return table
+        worth, limit = self._tokens_per_tile, self._seq_length
+        exchange(table, self._lengths, self._tiles, self._state, rounds=_TILE_ROUNDS, tile_worth=worth, limit=limit)
+        return self._listed(table) + others
+
+    def _listed(self, table: np.ndarray) -> list[list[int]]:
+        """The rows of a table of ``row_exchange``, without empty slots."""
+        return [[place for place in row if place < self._count] for row in table.tolist()]
 
 
-def _suffices(rows: int, table: np.ndarray) -> bool:
-    """Whether the table has ``rows`` rows or nearly so."""
-    return len(table) <= rows + rows // 1000
+def _suffices(number: int, rows: list[list[int]]) -> bool:
+    """Whether there are ``number`` rows or nearly so."""
+    return len(rows) <= number + number // 1000
 
 
 def _overhang(row: list[int], lengths: list[int], limit: int) -> list[int]:
