@@ -36,6 +36,8 @@ def test_names_and_defaults_are_those_of_training():
         {},
         {"image_aspect_ratio": "pad", "mm_dense_connector_type": "sti", "model_max_length": 1000},
         {"seed": 7, "video_frames": 3, "max_bad_sample_rate": 0.5, "model_max_length": 5000},
+        {"image_aspect_ratio": "anyres"},
+        {"image_aspect_ratio": "anyres", "image_grid_pinpoints": "[(28, 56)]", "mm_patch_merge_type": "flat"},
     ],
 )
 def test_the_data_config_is_the_one_of_training(tmp_path, more):
