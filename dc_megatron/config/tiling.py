@@ -59,6 +59,11 @@ class ImageTiling:
         """Whether every row of patches, and a picture without tiles, ends with the trained ``image_newline``."""
         return self.merge == "spatial_unpad"
 
+    @property
+    def most_tokens(self) -> int:
+        """Positions of the largest picture: one that fills its resolution."""
+        return max([self.tile_tokens + self.has_newline, *(self.of(*size).tokens for size in self.pinpoints)])
+
     def of(self, width: int, height: int) -> PictureTiles:
         """The tiles of a picture of ``width`` x ``height`` pixels, both above 0."""
         if not self.pinpoints:

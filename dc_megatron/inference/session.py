@@ -114,7 +114,7 @@ def _build(resolved: Resolved, seed: int):
         assemble.load_projector(model, source.projector, resolved.vision, resolved.connector, type_named, newline)
     if resolved.iteration_folder:
         # A projector beside a checkpoint: the checkpoint is a language model that was imported alone.
-        model.connector_is_given = bool(source.projector) and model.connector is not None
+        model.connector_is_given = model.newline_is_given = bool(source.projector) and model.connector is not None
         assemble.load_checkpoint(model, resolved.iteration_folder)
     else:
         assemble.load_language_model(model, resolved.language, rows)

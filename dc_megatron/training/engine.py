@@ -15,9 +15,9 @@ from dc_megatron.training.metrics import Clock, MetricsFile, StepCounts
 from dc_megatron.training.resume import refuse_damaged_files, refuse_other_tower_weights
 from dc_megatron.weights.checkpoint_folder import write_json
 from dc_megatron.weights.language_loading import LanguageWeights
-from dc_megatron.weights.projector_files import read_projector
+from dc_megatron.weights.projector_files import has_newline, read_projector
 from dc_megatron.weights.staged_iteration import clear_staging
-from dc_megatron.weights.torch_dist_tree import check_tree
+from dc_megatron.weights.torch_dist_tree import TorchDistTree, check_tree
 from dc_megatron.weights.vision_tables import open_vision_tower
 
 
@@ -33,7 +33,7 @@ def train(checked: run.Checked) -> None:
     if checked.settings.verify_checkpoint:
         # First: of a damaged file it is the name that helps, not what could not be made of its content.
         refuse_damaged_files(checked.start, rank, world_size)
-    _check_weights(checked)
+    notes = _check_weights(checked)
     if checked.settings.image_decode_device == "gpu" and not device.has_cuda():
         raise UserError("--image-decode-device gpu: there is no GPU here; leave it out")
     config = data_plan.data_config(checked)
@@ -43,7 +43,7 @@ def train(checked: run.Checked) -> None:
     )
     words = _engine_words(checked, data.steps)
     if rank == 0:
-        _say_hello(checked, data)
+        _say_hello(checked, data, notes)
     patches.apply(training=True)
     args = _parse(words, checked)
     _pretrain(checked, args, data, words)
@@ -62,8 +62,8 @@ def _stand_alone() -> None:
         }
 
 
-def _check_weights(checked: run.Checked) -> None:
-    """Open whatever weights will be read: headers tell names, shapes and kinds.
+def _check_weights(checked: run.Checked) -> list[str]:
+    """Open whatever weights will be read: headers tell names, shapes and kinds. Returns notes for the user.
 
     On every rank alike, and before data index and engine: what is wrong is said in seconds. Tensors are not read.
     Megatron executes parts of a checkpoint, so it sees none that was not checked here.
@@ -81,8 +81,19 @@ def _check_weights(checked: run.Checked) -> None:
             checked.connector,
             checked.vision,
             language.hidden_size,
+            newline="optional" if checked.tiling.has_newline else "none",
             type_named=checked.names_connector_type,
         )
+    return _notes_on_newline(checked)
+
+
+def _notes_on_newline(checked: run.Checked) -> list[str]:
+    """LLaVA-1.6's recipe begins AnyRes in stage 2: what stage 1 hands over has no image_newline yet."""
+    start, projector = checked.start, checked.settings.pretrain_mm_mlp_adapter
+    if not checked.tiling.has_newline or start.resumes or not (projector or start.loads):
+        return []
+    there = has_newline(projector) if projector else TorchDistTree(start.tree, "--load").has("image_newline")
+    return [] if there else [f"{projector or start.tree} has no image_newline, which anyres trains: it starts anew"]
 
 
 def _engine_words(checked: run.Checked, steps: StepPlan) -> list[str]:
@@ -104,9 +115,9 @@ def _progress(local_rank: int):
     return show
 
 
-def _say_hello(checked: run.Checked, data: data_plan.Data) -> None:
+def _say_hello(checked: run.Checked, data: data_plan.Data, notes: list[str]) -> None:
     settings, summary, plan = checked.settings, data.index.summary, data.steps
-    for note in (*checked.translation.notes, *checked.start.notes, *plan.notes):
+    for note in (*checked.translation.notes, *checked.start.notes, *notes, *plan.notes):
         print(f"note: {note}")
     if not settings.output_dir:
         print("note: --output_dir is missing: nothing of this run will be saved")

@@ -186,7 +186,7 @@ def _write_side_files(session: Session, folder: str, chunks: list) -> None:
     checked, settings = session.checked, session.checked.settings
     connector = trained_connector(chunks)
     if connector is not None:
-        write_projector(folder, connector.state_dict(), checked.connector, checked.vision)
+        write_projector(folder, connector, checked.connector, checked.vision)
     if session.tower_hash is None:
         session.tower_hash = checkpoint_folder.hash_folder_weights(settings.vision_tower)
     description = checkpoint_folder.CheckpointDescription(
@@ -198,6 +198,8 @@ def _write_side_files(session: Session, folder: str, chunks: list) -> None:
         version=settings.version,
         image_aspect_ratio=settings.image_aspect_ratio,
         model_max_length=settings.model_max_length,
+        image_grid_pinpoints=[list(size) for size in checked.tiling.pinpoints] or None,
+        mm_patch_merge_type=checked.tiling.merge,
     )
     checkpoint_folder.write_side_files(folder, settings.model_name_or_path, description)
 

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dc_megatron.config import CONNECTOR_TYPES, IMAGE_ASPECT_RATIOS, PACKINGS, PROJECTOR_TYPES, TEMPLATES
+from dc_megatron.config import (
+    CONNECTOR_TYPES,
+    IMAGE_ASPECT_RATIOS,
+    MERGE_TYPES,
+    PACKINGS,
+    PROJECTOR_TYPES,
+    TEMPLATES,
+)
 
 AVAILABLE = "available"
 NOT_YET = "not available yet"
@@ -108,10 +115,25 @@ _DATA = (
         "image_aspect_ratio",
         str,
         "square",
-        "how a picture is brought to the tower's size",
+        "how a picture is brought to the tower's size; anyres: whole, and in tiles of its best resolution",
         DATA,
-        choices=(*IMAGE_ASPECT_RATIOS, "anyres"),
-        refused={"anyres": f"not available yet; use {' or '.join(IMAGE_ASPECT_RATIOS)}"},
+        choices=IMAGE_ASPECT_RATIOS,
+    ),
+    Flag(
+        "image_grid_pinpoints",
+        str,
+        "",
+        "resolutions (width, height) of anyres, multiples of the tower's (default: LLaVA-1.6's 1x2, 2x1, 2x2, 3x1, 1x3"
+        ' tiles, for 336 pixels "[(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]")',
+        DATA,
+    ),
+    Flag(
+        "mm_patch_merge_type",
+        str,
+        "",
+        "how anyres joins tiles (default: spatial_unpad; with sti, and without anyres, flat)",
+        DATA,
+        choices=MERGE_TYPES,
     ),
     Flag("model_max_length", int, 2048, "longest sample in tokens, pictures included; longer ones are cut", DATA),
     Flag(
@@ -321,8 +343,6 @@ _OTHER = (
     _no_meaning("quant_type", "there is no quantised training"),
     _not_yet("mm_use_im_start_end", "pictures are not framed by tokens", bool, ("False",)),
     _not_yet("mm_use_im_patch_token", "pictures need no token of their own", bool, ("False",)),
-    _not_yet("mm_patch_merge_type", "only flat features", neutral=("flat",)),
-    _not_yet("image_grid_pinpoints", "comes with --image_aspect_ratio anyres"),
     _not_yet("mm_projector_lr", "the connector learns at --learning_rate", float),
     _not_yet("freeze_mm_mlp_adapter", "the connector always learns", bool, ("False",)),
     _not_yet("unfreeze_mm_vision_tower", "the vision tower stays frozen", bool, ("False",)),

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args
+from torch import Tensor
 
 from dc_megatron.inference.assemble import build_model, load_language_model, load_projector, load_vision_tower
-from dc_megatron.model.multimodal_model import DenseConnectorModel
+from dc_megatron.model.multimodal_model import NEWLINE, DenseConnectorModel
 from dc_megatron.training.run import Checked
 from dc_megatron.weights.torch_dist_tree import TorchDistTree
 
@@ -32,6 +33,7 @@ def make_model_provider(checked: Checked) -> Callable:
             max_sequence_length=args.max_position_embeddings,
             transformer_engine=args.transformer_impl == "transformer_engine",
             seed=args.seed,
+            tiling=checked.tiling,
             packed=settings.packing != "none",
             pre_process=pre_process,
             post_process=post_process,
@@ -48,22 +50,25 @@ def make_model_provider(checked: Checked) -> Callable:
                 checked.vision,
                 checked.connector,
                 checked.names_connector_type,
+                newline="optional" if checked.tiling.has_newline else "none",
             )
-            model.connector_is_given = checked.start.loads and model.connector is not None
+            model.connector_is_given = model.newline_is_given = checked.start.loads and model.connector is not None
         elif checked.start.loads and not checked.start.resumes and model.connector is not None:
-            # A language model that was imported alone has no connector: it stays as it was initialised.
-            model.connector_is_given = not _has_connector(checked)
+            # A language model that was imported alone has no connector, a model without AnyRes no image_newline: they
+            # stay as they were initialised.
+            tree = TorchDistTree(checked.start.tree, "--load")
+            model.connector_is_given = not tree.has("connector.mlp.0.weight")
+            model.newline_is_given = not tree.has(NEWLINE)
         model.set_trainable(set(settings.trainable))
         return model
 
     return model_provider
 
 
-def _has_connector(checked: Checked) -> bool:
-    return TorchDistTree(checked.start.tree, "--load").has("connector.mlp.0.weight")
-
-
-def trained_connector(model_chunks: list[DenseConnectorModel]):
-    """The connector of this rank if it was trained, else None."""
-    connector = model_chunks[0].connector
-    return connector if connector is not None and next(connector.parameters()).requires_grad else None
+def trained_connector(model_chunks: list[DenseConnectorModel]) -> dict[str, Tensor] | None:
+    """The connector's tensors, image_newline among them, on the rank that has it, if it was trained; else None."""
+    model = model_chunks[0]
+    if model.connector is None or not next(model.connector.parameters()).requires_grad:
+        return None
+    newline = {} if model.image_newline is None else {NEWLINE: model.image_newline}
+    return {**model.connector.state_dict(), **newline}

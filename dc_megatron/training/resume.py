@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field, replace
 
-from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
+from dc_megatron.config import ConnectorConfig, ImageTiling, LanguageConfig, VisionConfig
 from dc_megatron.errors import UserError
 from dc_megatron.training.argv import Translation
 from dc_megatron.weights import checkpoint_folder
@@ -171,13 +171,19 @@ def refuse_another_batch(start: Start, global_batch_size: int) -> None:
 
 
 def refuse_another_model(
-    start: Start, language: LanguageConfig, vision: VisionConfig, connector: ConnectorConfig, projector_given: bool
+    start: Start,
+    language: LanguageConfig,
+    vision: VisionConfig,
+    connector: ConnectorConfig,
+    tiling: ImageTiling,
+    projector_given: bool,
 ) -> None:
     """UserError where the checkpoint was trained with another language model, connector or tower.
 
     Some of them have tensors of the same shapes (sci and dci, two towers of one size), so loading would not notice.
     Weights taken beside a projector file may come from a run with another connector: the file's counts. A language
-    model that was imported alone has neither.
+    model that was imported alone has neither. A run that resumes must cut pictures as before; one that takes weights
+    only may begin with AnyRes.
     """
     if not start.loads:
         return
@@ -198,6 +204,17 @@ def refuse_another_model(
     if os.path.isfile(os.path.join(side, "vision_tower", "config.json")):
         tower = VisionConfig.from_folder(os.path.join(side, "vision_tower"), "--load")
         _compare(start.folder, "--vision_tower", replace(tower, path=""), replace(vision, path=""))
+    if start.resumes:
+        _refuse_another_tiling(start.folder, described, tiling)
+
+
+def _refuse_another_tiling(folder: str, described: checkpoint_folder.CheckpointDescription, now: ImageTiling) -> None:
+    pinpoints = tuple((width, height) for width, height in described.image_grid_pinpoints or ())
+    was = replace(now, pinpoints=pinpoints, merge=described.merge_type)
+    if bool(was.pinpoints) != bool(now.pinpoints):
+        there, here = described.image_aspect_ratio, "anyres" if now.pinpoints else "no anyres"
+        raise UserError(f"--image_aspect_ratio: {folder} was trained with {there}, this is {here}; give the same")
+    _compare(folder, "--image_grid_pinpoints, --mm_patch_merge_type", was, now)
 
 
 def _compare(folder: str, flag: str, was, now) -> None:

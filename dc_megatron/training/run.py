@@ -13,8 +13,8 @@ from dc_megatron.config import (
     LanguageConfig,
     VisionConfig,
     check_parallel_layout,
-    image_tiling,
     layer_table,
+    tiling_of_flags,
 )
 from dc_megatron.data.image_store import open_store
 from dc_megatron.data.sources import read_sources
@@ -60,6 +60,7 @@ def check(argv: list[str], world_size: int) -> Checked:
         settings.mm_dense_connector_type, settings.mm_projector_type, settings.mm_vision_select_layer
     )
     layer_table(vision, connector)
+    tiling = _tiling(settings, vision, connector)
     if language.sliding_window is not None and language.sliding_window < settings.model_max_length:
         raise UserError(
             f"--model_max_length {settings.model_max_length}: config.json of {language.path} says sliding_window"
@@ -80,8 +81,27 @@ def check(argv: list[str], world_size: int) -> Checked:
     start = choose_start(translation)
     if settings.packing == "none":
         refuse_another_batch(start, plan.global_batch_size)
-    refuse_another_model(start, language, vision, connector, bool(projector))
-    return Checked(translation, language, vision, connector, image_tiling(vision, connector), sources, start)
+    refuse_another_model(start, language, vision, connector, tiling, bool(projector))
+    return Checked(translation, language, vision, connector, tiling, sources, start)
+
+
+def _tiling(settings: RunSettings, vision: VisionConfig, connector: ConnectorConfig) -> ImageTiling:
+    """How pictures are cut. UserError: flags that contradict each other, pictures that fit into no sample."""
+    tiling = tiling_of_flags(
+        vision,
+        connector,
+        settings.image_aspect_ratio,
+        settings.image_grid_pinpoints,
+        settings.mm_patch_merge_type,
+    )
+    most = tiling.most_tokens
+    if most > settings.model_max_length:
+        fewer = ", or give fewer --image_grid_pinpoints" if tiling.pinpoints else ""
+        raise UserError(
+            f"--model_max_length {settings.model_max_length}: a picture takes up to {most} positions and would be left"
+            f" out of every sample; raise it above that by the length of the text{fewer}"
+        )
+    return tiling
 
 
 def _sources(settings: RunSettings) -> tuple[DataSource, ...]:

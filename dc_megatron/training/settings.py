@@ -24,6 +24,8 @@ class RunSettings:
     image_folder: tuple[str, ...]
     version: str
     image_aspect_ratio: str
+    image_grid_pinpoints: str
+    mm_patch_merge_type: str
     model_max_length: int
     seq_length: int | None
     packing: str

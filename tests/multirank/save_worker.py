@@ -114,7 +114,7 @@ class _Connector(torch.nn.Module):
 
 
 def _checked(folder: str, llama: str, clip: str):
-    from dc_megatron.config import ConnectorConfig, VisionConfig
+    from dc_megatron.config import ConnectorConfig, ImageTiling, VisionConfig
     from dc_megatron.training.argv import translate
     from dc_megatron.training.resume import choose_start
 
@@ -125,6 +125,7 @@ def _checked(folder: str, llama: str, clip: str):
         start=choose_start(translation),
         connector=ConnectorConfig("dci"),
         vision=VisionConfig.from_folder(clip),
+        tiling=ImageTiling(28, 16, 4),
     )
 
 
@@ -137,7 +138,7 @@ def save(folder: str, iteration: int, tree: str, models: tuple[str, str], stops:
     checked.start = SimpleNamespace(resumes=False, iteration=None, folder="")
     session = engine_hooks.Session(checked, "plan", 0, 0, None, SimpleNamespace(lap=lambda: None), [])
     hook = engine_hooks._save_hook(_Engine(args, tree, stops).save_checkpoint, session)
-    model = [SimpleNamespace(connector=_Connector())]
+    model = [SimpleNamespace(connector=_Connector(), image_newline=None)]
     os.makedirs(folder, exist_ok=True)
     with mock.patch.object(engine_hooks, "get_args", return_value=args), stops.installed(exchanges):
         try:

@@ -174,7 +174,7 @@ def test_a_shorter_row_shortens_the_samples_with_a_note():
         ("--micro-batch-size 4", "--micro-batch-size 4 a micro-batch is one row --seq-length --packing none"),
         ("--image-decode-device gpu --image-backend pil", "--image-decode-device gpu contradicts --image-backend pil"),
         ("--video-frames 0", "--video-frames 0 must be above 0"),
-        ("--image_aspect_ratio anyres", "anyres not available yet"),
+        ("--mm_patch_merge_type spatial_unpadded", "did you mean 'spatial_unpad'"),
         ("--report_to wandb", "wandb not available yet"),
         ("--save_strategy epoch", "epoch not available yet"),
         ("--lora_enable True", "--lora_enable True not available yet"),

@@ -15,7 +15,8 @@ from dc_megatron.training.settings import RunSettings
 # Scripts of users depend on these names: one that goes or comes is a change to announce in the CHANGELOG.
 AVAILABLE_NAMES = shlex.split("""
 model_name_or_path vision_tower mm_dense_connector_type mm_projector_type mm_vision_select_layer
-mm_vision_select_feature pretrain_mm_mlp_adapter data_path image_folder version image_aspect_ratio model_max_length
+mm_vision_select_feature pretrain_mm_mlp_adapter data_path image_folder version image_aspect_ratio
+image_grid_pinpoints mm_patch_merge_type model_max_length
 seq_length packing group_by_modality_length video_frames data_order image_backend image_decode_device
 max_bad_sample_rate index_folder
 dataloader_num_workers seed trainable
@@ -31,9 +32,8 @@ save_total_limit is_multimodal remove_unused_columns cache_dir run_name attn_imp
 overwrite_output_dir double_quant quant_type
 """)
 LATER_NAMES = shlex.split("""
-mm_use_im_start_end mm_use_im_patch_token mm_patch_merge_type image_grid_pinpoints mm_projector_lr freeze_mm_mlp_adapter
-unfreeze_mm_vision_tower lora_enable lora_r lora_alpha lora_dropout lora_weight_path lora_bias bits optim
-resume_from_checkpoint
+mm_use_im_start_end mm_use_im_patch_token mm_projector_lr freeze_mm_mlp_adapter unfreeze_mm_vision_tower lora_enable
+lora_r lora_alpha lora_dropout lora_weight_path lora_bias bits optim resume_from_checkpoint
 """)
 
 # Names that both worlds know, and what happens to them. "as it is": read here and handed on under the same name or

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
+from dc_megatron.config import ConnectorConfig, ImageTiling, LanguageConfig, VisionConfig
 from dc_megatron.errors import UserError
 from dc_megatron.training.argv import translate
 from dc_megatron.training.resume import (
@@ -344,6 +344,10 @@ def test_iterations_are_ordered_as_numbers(own):
     assert checkpoint_folder.newest_complete(str(own)) == (10_000_000, [])
 
 
+TILING = ImageTiling(28, 16, 4)
+ANYRES = replace(TILING, pinpoints=((28, 56), (56, 28)), merge="spatial_unpad")
+
+
 @pytest.fixture
 def trained(tmp_path):
     """A checkpoint with its side files, and what it was trained with."""
@@ -368,16 +372,40 @@ def trained(tmp_path):
 def test_a_checkpoint_of_another_connector_is_refused(trained):
     folder, language, vision = trained
     begun = start(f"--output_dir {folder}")
-    refuse_another_model(begun, language, vision, ConnectorConfig("dci"), False)
+    refuse_another_model(begun, language, vision, ConnectorConfig("dci"), TILING, False)
     with pytest.raises(UserError, match=r"--mm_dense_connector_type: .*dense_connector_type dci there, sci here"):
-        refuse_another_model(begun, language, vision, ConnectorConfig("sci"), False)
+        refuse_another_model(begun, language, vision, ConnectorConfig("sci"), TILING, False)
     with pytest.raises(UserError, match="select_layer -2 there, -3 here"):
-        refuse_another_model(begun, language, vision, ConnectorConfig("dci", select_layer=-3), False)
+        refuse_another_model(begun, language, vision, ConnectorConfig("dci", select_layer=-3), TILING, False)
     # A projector file beside another run's weights brings its own connector.
     weights_only = start(f"--load {folder} --finetune --output_dir {folder}-2")
-    refuse_another_model(weights_only, language, vision, ConnectorConfig("sci"), True)
+    refuse_another_model(weights_only, language, vision, ConnectorConfig("sci"), TILING, True)
     with pytest.raises(UserError, match="sci here"):
-        refuse_another_model(weights_only, language, vision, ConnectorConfig("sci"), False)
+        refuse_another_model(weights_only, language, vision, ConnectorConfig("sci"), TILING, False)
+
+
+def test_a_resumed_run_cuts_pictures_as_before(trained):
+    folder, language, vision = trained
+    connector, begun = ConnectorConfig("dci"), start(f"--output_dir {folder}")
+    with pytest.raises(UserError, match=r"--image_aspect_ratio: .* was trained with pad, this is anyres"):
+        refuse_another_model(begun, language, vision, connector, ANYRES, False)
+    # Stage 2 may begin with AnyRes on the weights of a stage 1 without.
+    weights_only = start(f"--load {folder} --finetune --output_dir {folder}-2")
+    refuse_another_model(weights_only, language, vision, connector, ANYRES, False)
+
+    described = checkpoint_folder.read_description(str(folder))
+    grid = [list(size) for size in ANYRES.pinpoints]
+    described = replace(described, image_aspect_ratio="anyres", image_grid_pinpoints=grid)
+    for merge in ("", "spatial_unpad"):
+        described = replace(described, mm_patch_merge_type=merge)
+        checkpoint_folder.write_side_files(str(folder), language.path, described)
+        refuse_another_model(begun, language, vision, connector, ANYRES, False)
+    with pytest.raises(UserError, match="was trained with anyres, this is no anyres"):
+        refuse_another_model(begun, language, vision, connector, TILING, False)
+    with pytest.raises(UserError, match="merge spatial_unpad there, spatial here"):
+        refuse_another_model(begun, language, vision, connector, replace(ANYRES, merge="spatial"), False)
+    with pytest.raises(UserError, match=r"--image_grid_pinpoints.*not what .* was trained with"):
+        refuse_another_model(begun, language, vision, connector, replace(ANYRES, pinpoints=((28, 56),)), False)
 
 
 def test_a_checkpoint_of_another_language_model_or_tower_is_refused(trained, tmp_path):
@@ -385,9 +413,9 @@ def test_a_checkpoint_of_another_language_model_or_tower_is_refused(trained, tmp
     begun = start(f"--output_dir {folder}")
     connector = ConnectorConfig("dci")
     with pytest.raises(UserError, match=r"--model_name_or_path: .*vocab_size 256 there, 512 here"):
-        refuse_another_model(begun, replace(language, vocab_size=512), vision, connector, False)
+        refuse_another_model(begun, replace(language, vocab_size=512), vision, connector, TILING, False)
     with pytest.raises(UserError, match=r"--vision_tower: .*num_hidden_layers 6 there, 5 here"):
-        refuse_another_model(begun, language, replace(vision, num_hidden_layers=5), connector, False)
+        refuse_another_model(begun, language, replace(vision, num_hidden_layers=5), connector, TILING, False)
     refuse_other_tower_weights(begun, vision.path, False)
     with pytest.raises(UserError, match="its weights are not those"):
         refuse_other_tower_weights(begun, tiny_clip(tmp_path / "other-clip", seed=3), False)
@@ -446,10 +474,10 @@ def test_a_language_model_imported_alone_is_taken_with_any_tower_and_connector(t
     assert checkpoint_folder.read_description(str(tmp_path / "imported")) == alone
     begun = start(f"--load {tmp_path / 'imported'} --output_dir {tmp_path / 'run'}")
     for kind in ("dci", "sti"):
-        refuse_another_model(begun, language, vision, ConnectorConfig(kind), False)
+        refuse_another_model(begun, language, vision, ConnectorConfig(kind), TILING, False)
     refuse_other_tower_weights(begun, vision.path, False)
     with pytest.raises(UserError, match="vocab_size"):
-        refuse_another_model(begun, replace(language, vocab_size=512), vision, ConnectorConfig("dci"), False)
+        refuse_another_model(begun, replace(language, vocab_size=512), vision, ConnectorConfig("dci"), TILING, False)
 
 
 def test_a_checkpoint_without_its_side_files_is_refused(own, tmp_path):
@@ -458,7 +486,7 @@ def test_a_checkpoint_without_its_side_files_is_refused(own, tmp_path):
     save(own, 4)
     (own / "hf" / checkpoint_folder.DESCRIPTION).unlink()
     with pytest.raises(UserError, match=r"has no hf/dc_megatron.json; .* copy its hf folder as well"):
-        refuse_another_model(start(f"--output_dir {own}"), language, vision, ConnectorConfig("dci"), False)
+        refuse_another_model(start(f"--output_dir {own}"), language, vision, ConnectorConfig("dci"), TILING, False)
 
 
 def test_a_typed_step_is_honoured(own, other):

@@ -13,6 +13,8 @@ from dc_megatron.training import data_plan, run
 from dc_megatron.training.resume import Start
 from tests.helpers.workspace import make_workspace, training_flags
 
+ANYRES = {"image_aspect_ratio": "anyres"}
+
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
@@ -90,6 +92,12 @@ def test_what_is_not_there_is_refused_by_its_flag(check, flag, message):
         ({"per_device_train_batch_size": 3}, r"contradicts"),
         ({"fp8_format": "hybrid"}, r"--fp8-format hybrid: not available yet; train in bf16"),
         ({"async_save": True}, r"--async-save: not available yet"),
+        ({"mm_patch_merge_type": "spatial"}, r"--mm_patch_merge_type spatial: needs --image_aspect_ratio anyres"),
+        ({"image_grid_pinpoints": "[(28, 56)]"}, r"--image_grid_pinpoints .*: --image_aspect_ratio pad cuts no tiles"),
+        ({**ANYRES, "image_grid_pinpoints": "[(28, 50)]"}, r"no multiple of the tower's 28 pixels"),
+        ({**ANYRES, "mm_dense_connector_type": "sti", "mm_patch_merge_type": "spatial"}, r"spatial: sti adds pooled"),
+        ({**ANYRES, "model_max_length": 80}, r"--model_max_length 80: a picture takes up to 88 positions"),
+        ({"model_max_length": 15}, r"--model_max_length 15: a picture takes up to 16 positions"),
     ],
 )
 def test_contradictions_are_refused(check, more, message):
@@ -109,6 +117,15 @@ def test_the_data_config_follows_model_and_flags(check, workspace):
     assert (config.tiling.tile_tokens, config.seq_length, config.model_max_length) == (16 + 2 * 2, 128, 128)
     assert config.vocab_size == checked.language.vocab_size == 1003
     assert (config.tokenizer_path, config.image_aspect_ratio, config.seed) == (workspace["llama"], "pad", 7)
+
+
+def test_anyres_comes_with_the_defaults_of_llava(check):
+    tiling = check(**ANYRES).tiling
+    assert tiling.pinpoints == ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))
+    assert (tiling.merge, tiling.most_tokens) == ("spatial_unpad", 16 + 8 * 9)
+    assert check(**ANYRES, mm_dense_connector_type="sti").tiling.merge == "flat"
+    chosen = check(**ANYRES, image_grid_pinpoints="[(56, 28)]", mm_patch_merge_type="spatial").tiling
+    assert (chosen.pinpoints, chosen.merge) == (((56, 28),), "spatial")
 
 
 def test_where_the_index_lies(check, tmp_path, monkeypatch):
