@@ -62,10 +62,8 @@ def suggested_length(table: dict) -> tuple[int, str]:
         why = f"the fullest rows, {percent(row['fill'])}; no length reaches {percent(GOOD_FILL)}"
         if row["rows"] < _FEW_ROWS:
             why += f", because the data makes only {several(row['rows'], 'row')}"
-    return row["seq_length"], (
-        f"{why}; of rows padded to the longest of {PADDED_BATCH} samples {percent(padded['fill'])} are used,"
-        f" {row['fill'] / padded['fill']:.2f} times less"
-    )
+    full = f"padded to the longest of {PADDED_BATCH} samples they would be {percent(padded['fill'])} full"
+    return row["seq_length"], f"{why}; {full}"
 
 
 def cut_shares(uncut: np.ndarray, doubtful: np.ndarray, doubtful_samples: int, limit: int) -> list[dict]:
