@@ -9,8 +9,9 @@ import pytest
 
 from dc_megatron.data import index_build, json_stream
 from dc_megatron.data.faults import RecordFault
-from dc_megatron.data.index import build_index, index_key, open_index
-from dc_megatron.data.picture import Picture
+from dc_megatron.data.index import build_index, index_key, open_index, sample_from_record
+from dc_megatron.data.picture import Picture, make_picture
+from dc_megatron.data.tokenization import load_tokenizer
 from dc_megatron.errors import UserError
 from tests.helpers.data_files import (
     caption_records,
@@ -192,6 +193,164 @@ def test_a_stricter_limit_holds_for_a_finished_index_too(make, tmp_path):
     build_index(make(records, max_bad_sample_rate=0.5), str(tmp_path / "index"))
     with pytest.raises(UserError, match="1 of 2 records"):
         build_index(make(records), str(tmp_path / "index"))
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_fault_and_odd_picture_is_listed(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "RECORDS_PER_CHUNK", 2)
+    good, faulty = faulty_records(tmp_path / "images")
+    photo(tmp_path / "images" / "odd.jpg", mode="CMYK")
+    odd = {"id": "odd", "image": "odd.jpg", "conversations": conversation("<image>", "x")}
+    again = {"id": "odd again", "image": ["odd.jpg"], "conversations": conversation("no mark", "x")}
+    config = make([*faulty.values(), *good, odd, again], max_bad_sample_rate=0.9)
+    summary = build_index(config, str(tmp_path / "index"))
+    faults = lines_of(tmp_path / "index" / "faults.jsonl")
+    assert [(line["source"], line["record"], line["id"]) for line in faults] == [
+        *((0, number, str(number + 1)) for number in range(5)),
+        (0, 7, "odd again"),
+    ]
+    assert [line["reason"] for line in faults] == [*faulty, RecordFault.IMAGE_COUNT]
+    assert "none.jpg" in faults[1]["detail"]
+    # Pictures are odd whether their record was kept or not.
+    assert lines_of(tmp_path / "index" / "notes.jsonl") == [
+        {"source": 0, "record": number, "name": "odd.jpg", "kind": "cmyk"} for number in (6, 7)
+    ]
+    assert summary.notes == {"cmyk": 2}
+
+
+def test_several_sources(make, tmp_path, tokenizer):
+    first = caption_records(tmp_path / "images", 3)
+    second = [{"conversations": conversation("hello", f"the {number} dogs")} for number in range(4)]
+    second[1] = {"id": "broken"}
+    files = [write_records(tmp_path / "a.json", first), write_records(tmp_path / "b.jsonl", second)]
+    for number in range(2):
+        photo(tmp_path / "other" / f"{number:04}.jpg", 50, 40)
+    config = data_config(tmp_path / "images", [*files, files[0]], tokenizer, max_bad_sample_rate=0.5)
+    sources = list(config.sources)
+    sources[2] = replace(sources[2], image_folder=str(tmp_path / "other"))
+    config = replace(config, sources=tuple(sources))
+    summary = build_index(config, str(tmp_path / "index"))
+    index = open_index(str(tmp_path / "index"))
+    assert [(one.records, one.kept, one.images, one.text_only) for one in summary.sources] == [
+        (3, 3, 3, 0),
+        (4, 3, 0, 3),
+        (3, 2, 2, 0),
+    ]
+    assert [one.dropped for one in summary.sources] == [{}, {"bad structure": 1}, {"missing image": 1}]
+    assert summary.dropped == {"bad structure": 1, "missing image": 1}
+    assert (summary.records, summary.kept) == (10, 8)
+    assert summary.examples["bad structure"] == [
+        f"{files[1]} record 1: conversations is not a list with messages in it"
+    ]
+    # Record numbers count within the source.
+    assert [(sample.source, sample.record) for sample in (index[n] for n in range(8))] == [
+        *((0, number) for number in range(3)),
+        *((1, number) for number in (0, 2, 3)),
+        *((2, number) for number in range(2)),
+    ]
+    assert index.sources.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [index[n].images[0].width for n in (0, 6)] == [40, 50]
+    assert [index[n].images[0].source for n in (0, 6)] == [0, 2]
+    assert [line["source"] for line in lines_of(tmp_path / "index" / "faults.jsonl")] == [1, 2]
+
+
+def test_a_source_of_which_nothing_is_left_is_refused(make, tmp_path, tokenizer):
+    good = [{"conversations": conversation("hello", "a dog")}] * 50
+    files = [write_records(tmp_path / "good.json", good), write_records(tmp_path / "bad.json", [{"id": 1}])]
+    (tmp_path / "images").mkdir()
+    config = data_config(tmp_path / "images", files, tokenizer, max_bad_sample_rate=0.5)
+    with pytest.raises(UserError, match=rf"1 of 51 records.*nothing is left of {files[1]} to train on"):
+        build_index(config, str(tmp_path / "index"))
+    config = replace(config, sources=(*config.sources, replace(config.sources[0], data_path=str(tmp_path / "none"))))
+    with pytest.raises(UserError, match=r"--data_path .*none: no such file"):
+        build_index(config, str(tmp_path / "index"))
+
+
+def test_weights_packing_and_order_leave_the_key_and_sources_change_it(make, tmp_path, tokenizer):
+    record = [{"conversations": conversation("hello", "a dog")}]
+    files = [write_records(tmp_path / name, record) for name in ("a.json", "b.json")]
+    config = data_config(tmp_path, files, tokenizer)
+    base, (first, second) = index_key(config), config.sources
+    for same in (
+        replace(config, packing="best-fit", group_by_modality_length=True, order="sequential"),
+        replace(config, sources=(replace(first, weight=0.5), second)),
+    ):
+        assert index_key(same) == base
+    for other in (
+        replace(config, sources=(second, first)),
+        replace(config, sources=(first,)),
+        replace(config, sources=(first, replace(second, image_folder=str(tmp_path / "x")))),
+        replace(config, video_frames=4),
+        replace(config, tiling=replace(config.tiling, pinpoints=((56, 56),))),
+    ):
+        assert index_key(other) != base
+
+
+def test_arrays_are_those_of_the_samples(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "RECORDS_PER_CHUNK", 2)
+    records = caption_records(tmp_path / "images", 3, size=(80, 30))
+    photo(tmp_path / "images" / "tall.jpg", 20, 90)
+    records.append({"image": ["tall.jpg", "0000.jpg"], "conversations": conversation("<image><image>", "b")})
+    records.append({"conversations": conversation("hello", "a dog")})
+    grid = tiling(pinpoints=((28, 56), (56, 28), (56, 56)), merge="spatial_unpad")
+    build_index(make(records, tiling=grid), str(tmp_path / "index"))
+    index = open_index(str(tmp_path / "index"))
+    samples = [index[number] for number in range(len(index))]
+    assert index.lengths.tolist() == [sample.length for sample in samples]
+    assert (
+        index.tiles.tolist() == [sum(image.tiles for image in sample.images) for sample in samples] == [3, 3, 3, 6, 0]
+    )
+    assert (index.lengths.dtype, index.tiles.dtype, index.sources.dtype) == (np.int32, np.int32, np.int16)
+    assert samples[3].images == (make_picture(grid, "tall.jpg", 20, 90), make_picture(grid, "0000.jpg", 80, 30))
+
+
+def test_samples_are_those_of_single_records(make, tmp_path, tokenizer):
+    """What streaming, columns and shared encodings of the system prompt do must not show."""
+    records = caption_records(tmp_path / "images", 6)
+    records += [{"id": n, "conversations": conversation("  why? ", "é" * n, f"{n}\n", "🙂 x")} for n in range(1, 6)]
+    config = make(records)
+    build_index(config, str(tmp_path / "index"))
+    index = open_index(str(tmp_path / "index"))
+    for number, record in enumerate(records):
+        expected = sample_from_record(config, load_tokenizer(tokenizer), record, number)
+        found = index[number]
+        assert np.array_equal(found.input_ids, expected.input_ids)
+        assert np.array_equal(found.labels, expected.labels)
+        for name in ("images", "length", "identifier", "record", "source"):
+            assert getattr(found, name) == getattr(expected, name)
+
+
+def test_progress_ends_with_the_number_of_records_and_not_before(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "RECORDS_PER_CHUNK", 3)
+    seen = []
+    build_index(make(caption_records(tmp_path / "images", 10)), str(tmp_path / "i"), lambda *two: seen.append(two))
+    assert [done for done, _ in seen] == [3, 6, 9, 10, 10]
+    assert seen[-1] == (10, 10)
+    assert all(done < total < 20 for done, total in seen[:-1])
+
+
+def test_an_index_without_checks_holds_what_there_is(make, tmp_path):
+    good, faulty = faulty_records(tmp_path / "images")
+    config = make([*faulty.values(), *good], vocab_size=1)
+    summary = build_index(config, str(tmp_path / "index"), check=False)
+    assert (summary.kept, summary.dropped_samples, len(open_index(str(tmp_path / "index")))) == (1, 5, 1)
+    with pytest.raises(UserError, match="5 of 6 records"):
+        build_index(config, str(tmp_path / "index"))
+    empty = build_index(make([{"id": 1}]), str(tmp_path / "empty"), check=False)
+    index = open_index(str(tmp_path / "empty"))
+    assert (empty.kept, len(index), index.lengths.tolist()) == (0, 0, [])
+
+
+def test_records_too_few_to_hurt_do_not_stop_early(make, tmp_path, monkeypatch):
+    """Faults at the beginning: what follows decides whether they are too many."""
+    monkeypatch.setattr(index_build, "_EARLY_STOP", 2)
+    monkeypatch.setattr(json_stream, "RECORDS_PER_CHUNK", 4)
+    good = {"conversations": conversation("hello", "a dog")}
+    config = make([{"id": 1}] * 8 + [good] * 80, max_bad_sample_rate=0.1)
+    assert build_index(config, str(tmp_path / "index")).dropped_samples == 8
 
 
 def test_a_folder_without_an_index(tmp_path):
