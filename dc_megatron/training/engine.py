@@ -129,7 +129,7 @@ def _say_hello(checked: run.Checked, data: data_plan.Data, notes: list[str]) -> 
         print(
             f"packing: {figures.rows} rows of {figures.seq_length} positions hold {figures.samples} samples, fill"
             f" {100 * figures.fill:.1f} %; {figures.samples_per_row:.1f} samples and {figures.tiles_mean:.1f}"
-            f" ({figures.tiles_min} to {figures.tiles_max}) pictures a row"
+            f" ({figures.tiles_min} to {figures.tiles_max}) tiles a row"
         )
     print(
         f"plan: {plan.train_iters} steps of {plan.global_batch_size} rows of {length} positions; warm-up"
