@@ -44,6 +44,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+LONGEST_TEXT = 4_000_000
+
 
 @dataclass
 class Counts:
@@ -193,7 +195,12 @@ def _offsets(lengths: Iterator[int]) -> pa.Array:
 
 
 def _check_text(text: str) -> None:
-    """Tokenizers take text that can be written down; a JSON escape may stand for half of a character."""
+    """Tokenizers take text that can be written down; a JSON escape may stand for half of a character.
+
+    They take any length, too, at a second and some hundred megabytes for a million characters.
+    """
+    if len(text) > LONGEST_TEXT:
+        raise RecordFault(RecordFault.STRUCTURE, f"a text of {len(text)} characters (limit {LONGEST_TEXT})")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
