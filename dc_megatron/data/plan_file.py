@@ -1,6 +1,6 @@
 """The rows of an epoch in one numpy file: written under a temporary name, checked before it is believed.
 
-int64, little-endian, one-dimensional: format, rows, samples, xxh3 of the rest, then ``starts`` and ``samples``.
+int64, little-endian, one-dimensional: xxh3 of all that follows, format, rows, samples, ``starts``, ``samples``.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ def read_plan(path: str) -> Rows | None:
         return _damaged(path, str(error))
     if content.dtype != np.dtype("<i8") or content.ndim != 1 or len(content) < _HEAD:
         return _damaged(path, "not a list of 8-byte integers")
-    form, rows, samples, checksum = content[:_HEAD].tolist()
-    body = content[_HEAD:]
-    if form != _FORMAT or min(rows, samples) < 0 or len(body) != rows + 1 + samples or checksum != _checksum(body):
+    checksum, form, rows, _ = content[:_HEAD].tolist()
+    if checksum != _checksum(content[1:]) or form != _FORMAT:
         return _damaged(path, "its content is not what was written")
-    return Rows(body[rows + 1 :], body[: rows + 1])
+    starts = content[_HEAD : _HEAD + rows + 1]
+    return Rows(content[_HEAD + rows + 1 :], starts)
 
 
 def write_plan(path: str, rows: Rows) -> None:
     """Store ``rows`` whole or not at all. A folder that cannot be written to is said, and nothing else."""
-    body = np.concatenate([rows.starts, rows.samples]).astype("<i8")
-    head = np.array([_FORMAT, len(rows), len(rows.samples), _checksum(body)], dtype="<i8")
+    content = np.concatenate([[0, _FORMAT, len(rows), len(rows.samples)], rows.starts, rows.samples]).astype("<i8")
+    content[0] = _checksum(content[1:])
     temporary = f"{path}.{platform.node()}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            np.save(file, np.concatenate([head, body]))
+            np.save(file, content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -103,10 +103,11 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def _checksum(body: np.ndarray) -> int:
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(body)) >> 1
+def _checksum(content: np.ndarray) -> int:
+    # One bit less, because the sign has none to spare.
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(content)) >> 1
 
 
 def _damaged(path: str, why: str) -> None:
-    logger.warning("%s: damaged (%s); the rows are planned anew", path, why)
+    logger.warning("%s: cannot be used (%s); the rows are planned anew", path, why)
     return
