@@ -164,6 +164,10 @@ class StoreInMemory(ImageStore):
     def __init__(self, files: dict[str, bytes]):
         self._files = files
 
+    def names(self) -> tuple[str, ...]:
+        """Of all files."""
+        return tuple(self._files)
+
     def open(self, name: str, block_bytes: int = 0) -> BinaryIO:
         return io.BytesIO(self.read(name))
 

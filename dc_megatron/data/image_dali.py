@@ -58,7 +58,7 @@ class _Plain:
 class DaliImageLoader(ImageLoader):
     """ImageLoader that decodes with DALI what DALI decodes as PIL does, and everything else with PIL.
 
-    device: ``gpu`` decodes JPEGs with nvJPEG, and resizes on the GPU; the result comes back to the CPU's memory.
+    device: ``gpu`` decodes JPEGs with nvJPEG and resizes on the current GPU; the result comes back to the CPU's memory.
     """
 
     name = "dali"
@@ -73,7 +73,8 @@ class DaliImageLoader(ImageLoader):
         device: str = "cpu",
     ):
         super().__init__(vision, aspect_ratio, tiling, threads=threads, group=GPU_GROUP if device == "gpu" else 1)
-        self._device = device
+        # CUDA's current device belongs to a thread; the decoding threads have others.
+        self._gpu = torch.cuda.current_device() if device == "gpu" else None
         self._own = threading.local()
         # Files that DALI failed on although they looked right: (source, name).
         self._refused: set[tuple[int, str]] = set()
@@ -136,16 +137,13 @@ class DaliImageLoader(ImageLoader):
         """uint8 [H, W, 3] each, valid until this thread decodes again."""
         pipeline.feed_input("encoded", [np.frombuffer(data, dtype=np.uint8) for data in encoded])
         (output,) = pipeline.run()
-        if self._device == "gpu":
+        if self._gpu is not None:
             return [torch.from_dlpack(image) for image in output]
         return [np.asarray(image) for image in output]
 
     def _built(self) -> Pipeline:
-        if self._device == "gpu":
-            device, number = "mixed", torch.cuda.current_device()
-        else:
-            # None: DALI looks for no GPU.
-            device, number = "cpu", None
-        pipeline = _pipeline(device, batch_size=self.group, num_threads=1, device_id=number)
+        # device_id None: DALI looks for no GPU.
+        device = "cpu" if self._gpu is None else "mixed"
+        pipeline = _pipeline(device, batch_size=self.group, num_threads=1, device_id=self._gpu)
         pipeline.build()
         return pipeline
