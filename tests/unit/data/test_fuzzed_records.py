@@ -33,7 +33,7 @@ HOSTILE_NAMES = [
     "good.jpg/more.jpg",
     "folder",
     "file://etc/passwd",
-    "http://127.0.0.1/x.jpg",
+    "s3://bucket/x.jpg",
     "good.jpg\n",
     "🙂.jpg",
     "%2e%2e/x.jpg",
