@@ -68,7 +68,7 @@ def _measure(place: str, samples: int, workers: tuple[int, ...], memory_samples:
         "data": {"samples": samples, "file_mb": written["mb"], "pictures": len(written["pictures"])},
         "builds": builds,
         "text_alone": sizes,
-        "limits": _limits(builds, sizes),
+        "limits": judged(builds, sizes),
     }
 
 
@@ -131,7 +131,8 @@ def build(place: str, data: str, workers: int) -> dict:
     }
 
 
-def _limits(builds: list[dict], sizes: list[dict]) -> list[dict]:
+def judged(builds: list[dict], sizes: list[dict]) -> list[dict]:
+    """One entry for each limit whose quantity was measured."""
     limits = []
     for one in builds:
         if one["workers"] == 2 and one["records"] >= LIMIT_RATE_SAMPLES:
@@ -161,7 +162,7 @@ def as_text(result: dict) -> str:
         )
     for entry in result["limits"]:
         state = "holds" if entry["holds"] else "FAILS"
-        lines.append(f"{state}: {entry['quantity']} {entry['limit']:g}: {entry['value']:.3g}")
+        lines.append(f"{state}: {entry['quantity']} {entry['limit']:g}: {entry['value']:.4g}")
     return "\n".join(lines)
 
 

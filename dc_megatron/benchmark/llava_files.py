@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 
 import numpy as np
 from PIL import Image
@@ -29,12 +30,11 @@ _ENDS = ("", "", "n", "r", "s", "t", "l", "nd", "ng", "ly")
 
 def made_up_words(count: int = _WORDS, seed: int = 0) -> np.ndarray:
     """``count`` different words of one to four syllables, the shortest first, as strings."""
-    state = np.random.RandomState(seed)
+    rng = random.Random(seed)
     found: dict[str, None] = {}
     while len(found) < count:
-        syllables = state.choice([1, 2, 3, 4], p=[0.3, 0.4, 0.2, 0.1])
-        parts = [_STARTS[state.randint(len(_STARTS))] + _VOWELS[state.randint(len(_VOWELS))] for _ in range(syllables)]
-        found["".join(parts) + _ENDS[state.randint(len(_ENDS))]] = None
+        syllables = rng.choices((1, 2, 3, 4), weights=(3, 4, 2, 1))[0]
+        found["".join(rng.choice(_STARTS) + rng.choice(_VOWELS) for _ in range(syllables)) + rng.choice(_ENDS)] = None
     return np.array(sorted(found, key=len))
 
 

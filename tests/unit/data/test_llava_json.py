@@ -54,6 +54,39 @@ def test_a_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("a", "a"),
+        (7, "7"),
+        (1.5, "1.5"),
+        (None, "12"),
+        ({"a": 1}, "12"),
+        ([1], "12"),
+        ("x" * 5000, "x" * 200),
+        ("\ud800é", "\\ud800é"),
+    ],
+)
+def test_an_identifier_is_a_short_text_that_a_file_can_hold(given, expected):
+    assert parse_record({"id": given, "conversations": [1]}, 12).identifier == expected
+
+
+def test_videos_are_named_as_images_are():
+    record = {"conversations": [1], "image": None}
+    assert parse_record(record, 0).videos == ()
+    assert parse_record({**record, "video": "a.mp4"}, 0).videos == ("a.mp4",)
+    assert parse_record({**record, "video": ["a.mp4", "b"]}, 0).videos == ("a.mp4", "b")
+    with pytest.raises(RecordFault, match="video is neither a file name nor a list"):
+        parse_record({**record, "video": {"a": 1}}, 0)
+
+
+def test_a_record_that_cannot_be_held_stops_who_wants_all_at_once(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"id": 1}, ' + "[" * 100_000 + "]" * 100_000 + "]")
+    with pytest.raises(UserError, match=r"a\.json: record 1: bad structure: nested too deeply"):
+        read_records(str(path))
+
+
+@pytest.mark.parametrize(
     "record",
     [
         "text",
