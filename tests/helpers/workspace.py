@@ -14,8 +14,11 @@ from tests.helpers.tiny_models import tiny_clip, tiny_llama
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (250, 250, 250)}
 
 
-def make_workspace(root, records: int = 24, vocab: int = 1003) -> dict[str, str]:
-    """``root``/llama (model and tokenizer), /clip, /images and /data.json (every third record without a picture)."""
+def make_workspace(root, records: int = 24, vocab: int = 1003, sizes=((50, 40),)) -> dict[str, str]:
+    """``root``/llama (model and tokenizer), /clip, /images and /data.json (every third record without a picture).
+
+    sizes: of the pictures, (width, height), one after the other and again from the first.
+    """
     llama = tiny_llama(root / "llama", vocab=vocab)
     sentencepiece_tokenizer(root / "llama")
     clip = tiny_clip(root / "clip")
@@ -27,7 +30,8 @@ def make_workspace(root, records: int = 24, vocab: int = 1003) -> dict[str, str]
         record = {"id": f"sample-{number}"}
         question = "What is in the picture?"
         if number % 3:
-            noise = generator.integers(-20, 20, (40, 50, 3))
+            width, height = sizes[number % len(sizes)]
+            noise = generator.integers(-20, 20, (height, width, 3))
             pixels = np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / "images" / f"{number}.jpg")
             record["image"] = f"{number}.jpg"
