@@ -36,6 +36,7 @@ from dc_megatron.data.index_summary import (
 from dc_megatron.data.index_workers import sample_makers, worker_count
 from dc_megatron.data.json_stream import Chunk, json_chunks
 from dc_megatron.data.tokenization import load_tokenizer
+from dc_megatron.errors import UserError
 
 # A data set that is wrong throughout should say so before every one of its records has been looked at.
 _EARLY_STOP = 200
@@ -63,8 +64,11 @@ def build_index(
     key = index_key(config)
     summary = read_summary(folder)
     if summary is None or summary.key != key:
-        os.makedirs(folder, exist_ok=True)
-        summary = _build(config, folder, key, progress or (lambda done, total: None), workers, check)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            summary = _build(config, folder, key, progress or (lambda done, total: None), workers, check)
+        except OSError as error:
+            raise UserError(f"{folder}: the data index cannot be built there: {error}") from error
     if check:
         check_summary(summary, config)
     return summary

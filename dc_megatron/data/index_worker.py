@@ -1,4 +1,4 @@
-"""A worker of the data index as a program: ``python -m dc_megatron.data.index_worker``; see index_workers.py.
+"""A worker of the data index: a program that index_workers.py starts.
 
 Messages are pickles behind their length. In come the settings once and then chunks, out goes an answer to each chunk:
 ("result", ChunkResult), ("refused", a user error's words) or ("failed", a traceback).
@@ -73,7 +73,3 @@ def _answer(makers: list, settings: tuple, source: int, chunk) -> tuple[str, obj
         return "refused", str(error)
     except Exception:
         return "failed", traceback.format_exc()
-
-
-if __name__ == "__main__":
-    main()

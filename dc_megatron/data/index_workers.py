@@ -29,7 +29,8 @@ from dc_megatron.errors import UserError
 # Smaller data sets are done before a second process would have started.
 _SMALL_BYTES = 4 << 20
 _MOST_WORKERS = 64
-_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# A worker imports from where this process does.
+_PROGRAM = "import sys; sys.path[:] = {paths!r}; from dc_megatron.data.index_worker import main; main()"
 
 
 def worker_count(workers: int | None, size: int) -> int:
@@ -120,13 +121,12 @@ class _Worker:
     """One process, which answers a chunk with a ChunkResult."""
 
     def __init__(self):
-        paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         one_thread = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "dc_megatron.data.index_worker"],
+            [sys.executable, "-P", "-c", _PROGRAM.format(paths=[path or os.getcwd() for path in sys.path])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, **one_thread},
             # A group of its own: Ctrl-C is for this process, which then ends the workers.
             process_group=0,
         )

@@ -1,5 +1,6 @@
 """Building, reopening and refusing indexes."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -351,6 +352,16 @@ def test_records_too_few_to_hurt_do_not_stop_early(make, tmp_path, monkeypatch):
     good = {"conversations": conversation("hello", "a dog")}
     config = make([{"id": 1}] * 8 + [good] * 80, max_bad_sample_rate=0.1)
     assert build_index(config, str(tmp_path / "index")).dropped_samples == 8
+
+
+def test_a_full_disk_is_named(make, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(index_build, "_write_lines", fail)
+    with pytest.raises(UserError, match=r"index: the data index cannot be built there: .*No space left"):
+        build_index(make(caption_records(tmp_path / "images", 2)), str(tmp_path / "index"))
+    assert os.listdir(tmp_path / "index") == []
 
 
 def test_a_folder_without_an_index(tmp_path):

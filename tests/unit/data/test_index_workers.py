@@ -6,14 +6,18 @@ import pickle
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 
 from dc_megatron.data import index_workers, json_stream
+from dc_megatron.data.image_store import FolderStore
 from dc_megatron.data.index import build_index, open_index
 from dc_megatron.data.index_workers import sample_makers, worker_count
+from dc_megatron.data.retrying import StoreFailure
 from dc_megatron.data.tokenization import load_tokenizer
 from dc_megatron.errors import UserError
 from tests.helpers.data_files import (
@@ -67,6 +71,34 @@ def test_other_kinds_of_tokenizers_reach_the_workers(config, folder, tmp_path, s
         build_index(other, str(tmp_path / version / "1"), workers=1)
         build_index(other, str(tmp_path / version / "2"), workers=2)
         assert contents(tmp_path / version / "1") == contents(tmp_path / version / "2")
+
+
+def test_pictures_in_shards_give_the_same_samples(config, tmp_path, small_chunks):
+    images, shards = config.sources[0].image_folder, tmp_path / "shards"
+    shards.mkdir()
+    for number in range(2):
+        with tarfile.open(shards / f"{number}.tar", "w") as shard:
+            for name in sorted(os.listdir(images))[number::2]:
+                shard.add(os.path.join(images, name), arcname=name)
+    sources = tuple(replace(source, image_folder=str(shards / "{0..1}.tar")) for source in config.sources)
+    summaries = [
+        build_index(replace(config, sources=sources), str(tmp_path / "tars"), workers=2),
+        build_index(config, str(tmp_path / "folder"), workers=1),
+    ]
+    assert summaries[0].kept_hash == summaries[1].kept_hash
+    assert open_index(str(tmp_path / "tars"))[3].images == open_index(str(tmp_path / "folder"))[3].images
+    # The list of the shards' members is there for the run.
+    assert [name for name in os.listdir(tmp_path / "tars") if name.startswith("tar-members-")]
+
+
+def test_a_store_that_fails_stops_the_build(config, tmp_path, monkeypatch):
+    def fail(*_):
+        raise StoreFailure("bucket/a.jpg: failed 5 times")
+
+    monkeypatch.setattr(FolderStore, "open", fail)
+    with pytest.raises(UserError, match=r"--image_folder .*images: bucket/a.jpg: failed 5 times"):
+        build_index(config, str(tmp_path / "index"), workers=1)
+    assert os.listdir(tmp_path / "index") == []
 
 
 def test_small_data_sets_start_no_process(monkeypatch):
