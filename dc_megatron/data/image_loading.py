@@ -90,8 +90,8 @@ class ImageLoader(ABC):
     def load(self, requests: Sequence[ImageRequest]) -> tuple[torch.Tensor, list[int]]:
         """(float32 [sum of len(r.tiles), 3, H, W], numbers of the requests that failed), both in the requests' order.
 
-        The tiles of a failed request are of the pad colour, with a warning that names the file (once a file). UserError:
-        the store itself fails.
+        The tiles of a failed request are of the pad colour, with a warning that names the file (once a file).
+        UserError: the store itself fails.
         """
         size = self.vision.image_size
         ends = np.cumsum([0, *(len(request.tiles) for request in requests)]).tolist()
