@@ -143,7 +143,7 @@ def add_packed_training(parser: argparse.ArgumentParser) -> None:
         "per-device": (16, "LLaVA's samples of a process, and rows of a padded micro-batch"),
         "accumulation": (2, "LLaVA's gradient accumulation steps"),
         "tensor-parallel": (1, "processes"),
-        "seq-length": (4096, "positions of a packed row"),
+        "seq-length": (5120, "positions of a packed row"),
         "samples": (1000, "records of the data"),
         "scale": (1, "divides all lengths: 1, 4 or 16"),
     }

@@ -30,15 +30,16 @@ _LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"
 class Workload:
     """``per_device`` x ``accumulation`` samples a step and process: LLaVA's batch flags.
 
-    ``steps`` are measured, after one that is not. ``seq_length``: of a packed row. ``samples``: records of the data.
-    ``scale``: see ``packed_material.make_material``.
+    ``steps`` are measured, after one that is not. ``seq_length``: of a packed row; a step has a whole number of rows,
+    and of the default length it is 5.02 that 32 samples fill, so that both kinds train on as many. ``samples``: records
+    of the data. ``scale``: see ``packed_material.make_material``.
     """
 
     per_device: int = 16
     accumulation: int = 2
     steps: int = 3
     tensor_parallel: int = 1
-    seq_length: int = 4096
+    seq_length: int = 5120
     samples: int = 1000
     scale: int = 1
 
@@ -83,7 +84,7 @@ def training_command(work: Workload, packing: str, folder: str, output: str, see
 
 def run_sums(lines: list[dict]) -> dict[str, float]:
     """Sums over the measured steps of a run: all of its metrics.jsonl but the first, in which everything is built."""
-    return {name: sum(line[name] for line in lines[1:]) for name in _SUMMED}
+    return {"steps": len(lines) - 1} | {name: sum(line[name] for line in lines[1:]) for name in _SUMMED}
 
 
 def benchmark_packed_training(
@@ -124,12 +125,13 @@ def benchmark_packed_training(
 
 def summary(runs: list[dict]) -> dict:
     """Rates over all measured steps of all runs of one kind, and every run's samples a second."""
-    total = {name: sum(run[name] for run in runs) for name in _SUMMED}
+    total = {name: sum(run[name] for run in runs) for name in ("steps", *_SUMMED)}
     seconds = total["step_seconds"]
     return {
         "samples_per_second": total["samples"] / seconds,
         "positions_per_second": total["positions"] / seconds,
         "fill": total["tokens"] / total["positions"],
+        "samples_a_step": total["samples"] / total["steps"],
         "tokens_per_sample": total["tokens"] / total["samples"],
         "data_wait_share": total["data_wait_seconds"] / seconds,
         "peak_resident_gb": max(run["peak_resident_gb"] for run in runs),
@@ -214,12 +216,12 @@ def as_text(result: dict) -> str:
         f" {work['tensor_parallel']} processes of {work['threads_of_a_process']} threads,"
         f" {result['rounds']} rounds of {work['steps']} steps",
         "",
-        "packing      samples/s   positions/s    fill   tokens/sample   peak GB   seconds of the rounds",
+        "packing      samples/s   positions/s    fill   samples/step   tokens/sample   peak GB   seconds of the rounds",
     ]
     for name, of in result["packing"].items():
         lines.append(
             f"{name:10}{of['samples_per_second']:12.2f}{of['positions_per_second']:14.0f}{100 * of['fill']:7.1f}%"
-            f"{of['tokens_per_sample']:16.0f}{of['peak_resident_gb']:10.2f}   "
+            f"{of['samples_a_step']:15.1f}{of['tokens_per_sample']:16.0f}{of['peak_resident_gb']:10.2f}   "
             + " ".join(f"{seconds:.1f}" for seconds in of["seconds"])
         )
     each = " ".join(f"{one:.2f}" for one in ratio["of_each_round"])

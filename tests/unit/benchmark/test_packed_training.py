@@ -51,7 +51,7 @@ def test_both_kinds_have_the_same_flags_but_for_packing():
     packed, padded = (
         set(packed_training.training_command(Workload(), kind, "F", "OUT", seed=1)) for kind in (PACKED, PADDED)
     )
-    assert packed - padded == {"--packing=best-fit", "--seq-length=4096"}
+    assert packed - padded == {"--packing=best-fit", "--seq-length=5120"}
     assert padded - packed == {"--packing=none"}
     two = packed_training.training_command(Workload(tensor_parallel=2), PACKED, "F", "OUT", seed=1)
     assert "torch.distributed.run" in two
@@ -69,7 +69,14 @@ def run(samples: int, positions: int, tokens: int, seconds: float) -> dict:
 
 def test_the_first_step_does_not_count():
     sums = packed_training.run_sums([line(1, 1, 1, 99.0), line(8, 20, 10, 2.0), line(8, 30, 11, 3.0)])
-    assert sums == {"samples": 16, "positions": 50, "tokens": 21, "step_seconds": 5.0, "data_wait_seconds": 0.0}
+    assert sums == {
+        "steps": 2,
+        "samples": 16,
+        "positions": 50,
+        "tokens": 21,
+        "step_seconds": 5.0,
+        "data_wait_seconds": 0.0,
+    }
 
 
 def test_the_ratio_is_that_of_the_middle_round_and_comes_from_two_parts():
@@ -111,6 +118,7 @@ def test_a_whole_run(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert result["packed_over_padded"]["samples_per_second"] == pytest.approx(3)
     assert result["packing"][PACKED]["samples_per_second"] == 32
+    assert result["packing"][PACKED]["samples_a_step"] == 32
     assert result["packing"][PADDED]["fill"] == pytest.approx(1990 / 3200)
     assert str(tmp_path) not in json.dumps(result), "a path of this machine"
     assert os.listdir(tmp_path) == [], "what was made is removed"
