@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
+from dc_megatron.config import DataConfig
 from dc_megatron.data.conversation import IMAGE_MARK
 from dc_megatron.data.faults import RecordFault
-from dc_megatron.data.llava_json import parse_record, read_records
+from dc_megatron.data.image_store import FolderStore, open_store
+from dc_megatron.data.llava_json import Record, parse_record, read_records
+from dc_megatron.data.picture import Picture
+from dc_megatron.data.record_pictures import PictureReader
 from dc_megatron.errors import UserError
 from dc_megatron.inference.source import Resolved, Source, resolve
 
@@ -15,11 +20,12 @@ from dc_megatron.inference.source import Resolved, Source, resolve
 def ask_once(source: Source, prompt: str, images: list[str], max_new_tokens: int, image_backend: str = "auto") -> dict:
     """{"question", "images", "answer"} of one question. UserError: bad source, missing picture, wrong image count."""
     resolved = resolve(source)
-    _check_images(prompt, images, "--image")
+    store = FolderStore("")
+    asked = _asked(PictureReader(store, resolved.tiling, 1), Record("", tuple(images), [{"value": prompt}]), "--image")
     session, tokenizer = _start(resolved)
     from dc_megatron.inference.generate import Question, answer
 
-    text = answer(session, tokenizer, [Question(prompt, tuple(images))], max_new_tokens, image_backend)[0]
+    text = answer(session, tokenizer, [Question(*asked)], [store], max_new_tokens, image_backend)[0]
     return {"question": prompt, "images": images, "answer": text}
 
 
@@ -38,18 +44,16 @@ def ask_file(
     ``expected`` is the record's first answer, or null. Returns {"questions", "exact", "answers"}.
     """
     resolved = resolve(source)
-    questions = [
-        _question(record, number, image_folder, data_path) for number, record in enumerate(read_records(data_path))
-    ]
+    store = open_store(image_folder or ".")
+    reader = PictureReader(store, resolved.tiling, DataConfig.video_frames)
+    questions = [_question(record, number, reader, data_path) for number, record in enumerate(read_records(data_path))]
     session, tokenizer = _start(resolved)
     from dc_megatron.inference.generate import Question, answer
 
     given = []
     for first in range(0, len(questions), batch_size):
-        part = questions[first : first + batch_size]
-        given += answer(
-            session, tokenizer, [Question(q["question"], q["images"]) for q in part], max_new_tokens, image_backend
-        )
+        part = [Question(q["asked"], q["pictures"]) for q in questions[first : first + batch_size]]
+        given += answer(session, tokenizer, part, [store], max_new_tokens, image_backend)
     exact = sum(
         q["expected"] is not None and a.strip() == q["expected"].strip() for q, a in zip(questions, given, strict=True)
     )
@@ -71,22 +75,42 @@ def _start(resolved: Resolved):
     return Session(resolved), tokenizer
 
 
-def _question(record: dict, number: int, image_folder: str, data_path: str) -> dict:
+def _question(record: dict, number: int, reader: PictureReader, data_path: str) -> dict:
+    where = f"--data_path {data_path}: record {number}"
     try:
         parsed = parse_record(record, number)
     except RecordFault as fault:
-        raise UserError(f"--data_path {data_path}: record {number}: {fault}") from None
-    text = parsed.messages[0].get("value", "")
-    images = tuple(os.path.join(image_folder, name) for name in parsed.images)
-    _check_images(text, images, f"--data_path {data_path}: record {number}")
-    expected = parsed.messages[1].get("value") if len(parsed.messages) > 1 else None
-    return {"id": parsed.identifier, "question": text, "expected": expected, "images": images}
+        raise UserError(f"{where}: {fault}") from None
+    asked, pictures = _asked(reader, parsed, where)
+    question, expected = [*map(_text, parsed.messages[:2]), None][:2]
+    return {
+        "id": parsed.identifier,
+        "question": question,
+        "expected": expected,
+        "asked": asked,
+        "pictures": pictures,
+    }
 
 
-def _check_images(text: str, images, where: str) -> None:
+def _text(message) -> str | None:
+    text = message.get("value") if isinstance(message, dict) else None
+    return text if isinstance(text, str) else None
+
+
+def _asked(reader: PictureReader, record: Record, where: str) -> tuple[str, tuple[Picture, ...]]:
+    """The first message, with an ``<image>`` for every frame of a video, and the pictures.
+
+    UserError that begins with ``where``: no text, pictures that cannot be read, or are not as many as the marks.
+    """
+    if _text(record.messages[0]) is None:
+        raise UserError(f"{where}: the first message has no text")
+    try:
+        # The other messages' marks are not asked about.
+        messages, pictures = reader.read(replace(record, messages=record.messages[:1]))
+    except RecordFault as fault:
+        raise UserError(f"{where}: {fault}") from None
+    text = messages[0]["value"]
     marks = text.count(IMAGE_MARK)
-    if marks and marks != len(images):
-        raise UserError(f"{where}: the question has {marks} {IMAGE_MARK} marks and {len(images)} pictures")
-    for path in images:
-        if not os.path.isfile(path):
-            raise UserError(f"{where}: no such picture: {path}")
+    if marks and marks != len(pictures):
+        raise UserError(f"{where}: the question has {marks} {IMAGE_MARK} marks and {len(pictures)} pictures")
+    return text, tuple(pictures)

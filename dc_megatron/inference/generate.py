@@ -8,25 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dc_megatron.config import ImageTiling, image_share
+from dc_megatron.config import image_share
 from dc_megatron.data.conversation import stop_text
-from dc_megatron.data.faults import RecordFault
-from dc_megatron.data.image_header import read_header
 from dc_megatron.data.image_loading import image_loader, tile_requests
-from dc_megatron.data.image_store import FolderStore, ImageStore
-from dc_megatron.data.picture import Picture, make_picture
+from dc_megatron.data.image_store import ImageStore
+from dc_megatron.data.picture import Picture
 from dc_megatron.data.rows import feature_rows
 from dc_megatron.data.tokenization import TextTokenizer, check_largest_id, encode_prompt
-from dc_megatron.errors import UserError
 from dc_megatron.inference.session import Runner
 
 
 @dataclass(frozen=True)
 class Question:
-    """``images``: picture files, in the order of the ``<image>`` marks in ``text`` (or in front of it)."""
+    """``pictures``: in the order of the ``<image>`` marks in ``text`` (or in front of it)."""
 
     text: str
-    images: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
 
 @dataclass
@@ -41,30 +38,22 @@ def answer(
     session: Runner,
     tokenizer: TextTokenizer,
     questions: Sequence[Question],
+    stores: Sequence[ImageStore],
     max_new_tokens: int = 64,
     image_backend: str = "auto",
 ) -> list[str]:
     """The greedy answer to each of ``questions``, which are run as one batch. Every rank calls it and gets them all.
 
-    A token costs a forward pass over the whole row: nothing is kept between tokens but the features of the pictures.
+    stores: of the pictures' sources. A token costs a forward pass over the whole row: nothing is kept between tokens
+    but the features of the pictures.
     """
-    resolved = session.resolved
-    store = FolderStore("")
-    pictures = [[_picture(store, path, resolved.tiling) for path in question.images] for question in questions]
+    version = session.resolved.version
     prompts = [
-        encode_prompt(tokenizer, resolved.version, question.text, [picture.tokens for picture in own])
-        for question, own in zip(questions, pictures, strict=True)
+        encode_prompt(tokenizer, version, question.text, [picture.tokens for picture in question.pictures])
+        for question in questions
     ]
-    together = [picture for own in pictures for picture in own]
-    return continue_prompts(session, tokenizer, prompts, together, [store], max_new_tokens, image_backend)
-
-
-def _picture(store: ImageStore, path: str, tiling: ImageTiling) -> Picture:
-    try:
-        header = read_header(store, path)
-    except RecordFault as fault:
-        raise UserError(f"{path}: {fault.reason}: {fault.detail}") from None
-    return make_picture(tiling, path, header.width, header.height)
+    pictures = [picture for question in questions for picture in question.pictures]
+    return continue_prompts(session, tokenizer, prompts, pictures, stores, max_new_tokens, image_backend)
 
 
 def continue_prompts(

@@ -126,25 +126,20 @@ def _tiling(
     vision: VisionConfig,
     connector: ConnectorConfig,
 ) -> ImageTiling:
-    """The checkpoint's tiling: how tiles are joined was learned."""
-    was = "anyres" if described.image_grid_pinpoints else described.image_aspect_ratio
-    if was and source.image_aspect_ratio and "anyres" in {was, source.image_aspect_ratio} != {"anyres"}:
-        raise UserError(
-            f"--image_aspect_ratio {source.image_aspect_ratio}: {source.load} was trained with {was}; leave it out"
-        )
+    """The checkpoint's tiling, whose shapes of pictures it has learned; the flags' where it has no connector yet."""
+    if not described.mm_dense_connector_type:
+        aspect = source.image_aspect_ratio or described.image_aspect_ratio or "pad"
+        return tiling_of_flags(vision, connector, aspect, source.image_grid_pinpoints, source.mm_patch_merge_type)
+    was, typed = described.image_aspect_ratio, source.image_aspect_ratio
+    if typed and (typed == "anyres") != (was == "anyres"):
+        raise UserError(f"--image_aspect_ratio {typed}: {source.load} was trained with {was}; leave it out")
     for flag in ("image_grid_pinpoints", "mm_patch_merge_type"):
-        if getattr(source, flag) and was:
+        if getattr(source, flag):
             raise UserError(f"--{flag}: --load says how its pictures are cut; leave the flag out")
-    if not was:
-        return tiling_of_flags(
-            vision,
-            connector,
-            source.image_aspect_ratio or "pad",
-            source.image_grid_pinpoints,
-            source.mm_patch_merge_type,
-        )
+    if was == "anyres" and not described.image_grid_pinpoints:
+        raise UserError(f"--load {source.load}: an AnyRes model, but hf/ does not say its image_grid_pinpoints")
     pinpoints = tuple((width, height) for width, height in described.image_grid_pinpoints or ())
-    return image_tiling(vision, connector, pinpoints, described.merge_type)
+    return image_tiling(vision, connector, pinpoints, described.merge_type if pinpoints else "flat")
 
 
 def _missing(source: Source, flag: str, what: str) -> str:

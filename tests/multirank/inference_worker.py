@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dc_megatron.data.image_header import read_header
+from dc_megatron.data.image_store import FolderStore
+from dc_megatron.data.picture import make_picture
 from dc_megatron.data.tokenization import load_tokenizer
 from dc_megatron.inference.generate import Question, answer
 from dc_megatron.inference.score import score_file
@@ -12,7 +15,13 @@ from dc_megatron.inference.source import Source, resolve
 def answers(source: Source, questions: list[tuple[str, tuple[str, ...]]], new_tokens: int) -> list[str]:
     session = Session(resolve(source))
     tokenizer = load_tokenizer(source.model_name_or_path, source.version)
-    return answer(session, tokenizer, [Question(text, images) for text, images in questions], new_tokens, "pil")
+    store, tiling = FolderStore(""), session.resolved.tiling
+    asked = []
+    for text, images in questions:
+        sizes = [read_header(store, image) for image in images]
+        pictures = [make_picture(tiling, i, size.width, size.height) for i, size in zip(images, sizes, strict=True)]
+        asked.append(Question(text, tuple(pictures)))
+    return answer(session, tokenizer, asked, [store], new_tokens, "pil")
 
 
 def scores(source: Source, data_path: str, image_folder: str) -> tuple[list[dict], dict]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -74,3 +74,55 @@ def test_what_a_checkpoint_has_is_not_to_be_given(made):
         resolve(Source(load=str(made / "trained"), model_name_or_path="x"))
     with pytest.raises(UserError, match="was trained with sci"):
         resolve(Source(load=str(made / "trained"), dense_connector_type="dci"))
+
+
+GRID = [[28, 56], [56, 28]]
+
+
+@pytest.fixture
+def anyres(made, tmp_path) -> str:
+    """The checkpoint, as one that was trained with AnyRes."""
+    folder = shutil.copytree(made / "trained", tmp_path / "anyres")
+    described = checkpoint_folder.read_description(str(folder))
+    described = replace(described, image_aspect_ratio="anyres", image_grid_pinpoints=GRID)
+    checkpoint_folder.write_json(str(folder / "hf" / checkpoint_folder.DESCRIPTION), asdict(described))
+    return str(folder)
+
+
+def test_a_checkpoint_says_how_its_pictures_are_cut(made, anyres):
+    tiling = resolve(Source(load=anyres)).tiling
+    assert (tiling.pinpoints, tiling.merge) == (((28, 56), (56, 28)), "spatial_unpad")
+    assert resolve(Source(load=anyres, image_aspect_ratio="anyres")).tiling == tiling
+    assert resolve(Source(load=str(made / "trained"), image_aspect_ratio="square")).tiling.pinpoints == ()
+    for source, words in (
+        (Source(load=anyres, image_aspect_ratio="pad"), "--image_aspect_ratio pad: .* was trained with anyres"),
+        (Source(load=str(made / "trained"), image_aspect_ratio="anyres"), "anyres: .* was trained with pad"),
+        (Source(load=anyres, image_grid_pinpoints="[(28, 28)]"), "--image_grid_pinpoints: --load says"),
+        (Source(load=anyres, mm_patch_merge_type="flat"), "--mm_patch_merge_type: --load says"),
+    ):
+        with pytest.raises(UserError, match=words):
+            resolve(source)
+
+
+def test_an_anyres_checkpoint_that_lost_its_resolutions_is_refused(anyres):
+    described = replace(checkpoint_folder.read_description(anyres), image_grid_pinpoints=None)
+    checkpoint_folder.write_json(f"{anyres}/hf/{checkpoint_folder.DESCRIPTION}", asdict(described))
+    with pytest.raises(UserError, match="does not say its image_grid_pinpoints"):
+        resolve(Source(load=anyres))
+
+
+def test_folders_are_cut_as_the_flags_say(made):
+    parts = {"model_name_or_path": str(made / "llama"), "vision_tower": str(made / "clip"), "version": "v1"}
+    assert resolve(Source(**parts)).tiling.pinpoints == ()
+    resolved = resolve(Source(**parts, image_aspect_ratio="anyres"))
+    assert resolved.tiling.pinpoints[0] == (28, 56)
+    alone = Source(
+        load=str(made / "alone"),
+        vision_tower=str(made / "clip"),
+        dense_connector_type="dci",
+        projector="mm_projector.safetensors",
+        version="v1",
+        image_aspect_ratio="anyres",
+        image_grid_pinpoints="[(56, 56)]",
+    )
+    assert resolve(alone).tiling.pinpoints == ((56, 56),)
