@@ -19,7 +19,7 @@ import torch
 
 from dc_megatron.config import DataConfig, VisionConfig
 from dc_megatron.config import image_share as share_of
-from dc_megatron.data.image_loading import ImageLoader, image_loader, tile_requests
+from dc_megatron.data.image_loading import image_loader, tile_requests
 from dc_megatron.data.image_store import ImageStore, open_stores
 from dc_megatron.data.index import SampleIndex
 from dc_megatron.data.row_plan import RowPlan
@@ -109,30 +109,24 @@ class _Pixels:
     """This rank's share of the tiles of a batch."""
 
     def __init__(self, config: DataConfig, vision: VisionConfig, share: tuple[int, int], threads: int, stores):
-        self._config, self._vision, self._share, self._threads = config, vision, share, threads
-        self._stores, self._loader = stores, None
+        self._config, self._share, self._stores = config, share, stores
+        # Made by the thread that makes the batches' iterator: only its current CUDA device is this rank's.
+        self._loader = image_loader(
+            config.image_backend,
+            vision,
+            config.image_aspect_ratio,
+            config.tiling,
+            threads=threads,
+            decode_device=config.image_decode_device,
+        )
 
     def load(self, batch: dict) -> tuple[torch.Tensor, int]:
         """(float32 [k, 3, H, W], pictures that could not be decoded)."""
         if self._stores is None:
             self._stores = open_stores(self._config.sources)
         share = share_of(batch["num_images"], *self._share)
-        pixels, failed = self._made().load(tile_requests(batch["pictures"], self._stores, share))
+        pixels, failed = self._loader.load(tile_requests(batch["pictures"], self._stores, share))
         return pixels, len(failed)
-
-    def _made(self) -> ImageLoader:
-        # Made where it is used: DALI's pipeline belongs to the thread that runs it.
-        if self._loader is None:
-            config = self._config
-            self._loader = image_loader(
-                config.image_backend,
-                self._vision,
-                config.image_aspect_ratio,
-                config.tiling,
-                threads=self._threads,
-                decode_device=config.image_decode_device,
-            )
-        return self._loader
 
 
 class _Prefetcher:
