@@ -116,6 +116,9 @@ class _Window:
             if _suffices(number, rows):
                 return rows, expected or (number, self._total)
         number, rows = self._search(fewest, rows)
+        if expected is not None:
+            # One unlucky window is not to make all later ones emptier.
+            number = min(number, first + 2 * first // 1000)
         return rows, (number, self._total)
 
     def _rows_for(self, rows: int, positions: int) -> int:
@@ -168,7 +171,7 @@ class _Window:
 
 def _suffices(number: int, rows: list[list[int]]) -> bool:
     """Whether there are ``number`` rows or nearly so."""
-    return len(rows) <= number + number // 1000
+    return len(rows) <= number + number // 500
 
 
 def _overhang(row: list[int], lengths: list[int], limit: int) -> list[int]:
