@@ -88,25 +88,30 @@ def _one_ratio(
         "pil": _ours("pil", vision, ratio, folder, threads),
         SHOWN: _transformers("torchvision", vision, ratio, folder, threads),
     }
-    found: dict[str, list[float]] = {name: [] for name, load in contenders.items() if load is not None}
+    # name -> (pictures a second, milliseconds of processor time a picture) of each round.
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name, load in contenders.items() if load is not None}
     names = list(found)
     for number in range(-1, rounds):
         # Each is first, in the middle and last in turn; the round before the first one warms up.
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             for batch in batches[: 1 if number < 0 else None]:
                 contenders[name](batch)
+            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
             if number >= 0:
-                found[name].append(len(pictures) / (time.perf_counter() - start))
-                report(f"{ratio}, round {number + 1} of {rounds}, {name}: {found[name][-1]:.1f} pictures a second")
+                found[name].append((len(pictures) / seconds, 1000 * cpu_seconds / len(pictures)))
+                report(f"{ratio}, round {number + 1} of {rounds}, {name}: {found[name][-1][0]:.1f} pictures a second")
     result = dict.fromkeys(contenders, NOT_INSTALLED)
-    for name, rates in found.items():
-        ratios = [mine / base for mine, base in zip(rates, found[BASELINE], strict=True)]
+    base = [rate for rate, _ in found[BASELINE]]
+    for name, measured in found.items():
+        rates, milliseconds = zip(*measured, strict=True)
+        ratios = [mine / theirs for mine, theirs in zip(rates, base, strict=True)]
         result[name] = {
-            "pictures_per_second": rates,
+            "pictures_per_second": list(rates),
             "median": statistics.median(rates),
             "ratios": ratios,
             "median_ratio": statistics.median(ratios),
+            "cpu_milliseconds_per_picture": statistics.median(milliseconds),
         }
     return result
 
@@ -181,7 +186,7 @@ def as_text(result: dict) -> str:
         f"{pictures['count']} JPEGs, {pictures['mean_kilobytes']:.0f} kB and {pictures['mean_megapixels']:.2f} million"
         f" pixels on average; {result['tower']}; {result['threads']} threads, {result['machine']['cores']} cores",
         "",
-        "                             pictures a second   ratio   all rounds",
+        "                             pictures a second   ratio   CPU ms   all rounds",
     ]
     for ratio, found in result["aspect_ratios"].items():
         for name, rates in found.items():
@@ -190,7 +195,8 @@ def as_text(result: dict) -> str:
                 lines.append(f"{label:34}{NOT_INSTALLED}")
                 continue
             every = " ".join(f"{rate:.0f}" for rate in rates["pictures_per_second"])
-            lines.append(f"{label:34}{rates['median']:12.1f}{rates['median_ratio']:8.2f}   {every}")
+            cpu = rates["cpu_milliseconds_per_picture"]
+            lines.append(f"{label:34}{rates['median']:12.1f}{rates['median_ratio']:8.2f}{cpu:9.2f}   {every}")
     lines.append("")
     for entry in result["limits"]:
         lines.append(
