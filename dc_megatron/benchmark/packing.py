@@ -64,7 +64,8 @@ def benchmark_packing(
 
 def _measure_plan(samples: int, stage: int, seq_length: int) -> dict:
     words = [str(number) for number in (samples, stage, seq_length)]
-    bare = measure([sys.executable, "-c", "import numpy"])
+    # It stays a moment, so that it is seen.
+    bare = measure([sys.executable, "-c", "import numpy, time; time.sleep(0.3)"])
     path = os.pathsep.join(filter(None, (machine.ROOT, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "dc_megatron.benchmark.packing", *words]
     done = measure(command, os.environ | {"PYTHONPATH": path})
