@@ -166,6 +166,19 @@ def test_micro_batches_without_pictures_under_overlapped_reduction(workers, fold
     assert (moved - expected).norm() / expected.norm() <= parity.DELTA_TOLERANCE
 
 
+@pytest.mark.parametrize("fault", ["two patches changed places", "a newline is a patch"])
+def test_a_seeded_fault_is_noticed(workers, folders, fault):
+    """The reference does not read the index, so a wrong one shows."""
+    job = make_job(folders)
+    index = job.micro_batches[0][0]["image_feature_index"]
+    if fault == "two patches changed places":
+        index[[20, 21]] = index[[21, 20]]
+    else:
+        index[index.argmax()] = 20
+    with pytest.raises(AssertionError, match="differs"):
+        assert_equal(workers, job, 1)
+
+
 def test_the_newline_is_saved_from_the_first_stage_and_loads_at_any_layout(workers, folders, tmp_path):
     state = "tests.multirank.anyres_worker:newline_state"
     job = make_job(folders, sizes=SIZES[1:2])
