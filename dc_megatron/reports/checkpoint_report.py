@@ -165,6 +165,7 @@ def _add_description(report: dict, folder: str) -> None:
         "connector": described.mm_dense_connector_type or None,
         "template": described.version or None,
         "image_aspect_ratio": described.image_aspect_ratio or None,
+        "mm_patch_merge_type": described.merge_type if described.image_grid_pinpoints else None,
         "model_max_length": described.model_max_length,
     }
 
@@ -389,6 +390,7 @@ def _add_model(report: dict, path: str, kind: str) -> None:
         "connector": model.connector.dense_connector_type if model.connector else None,
         "template": model.version or None,
         "image_aspect_ratio": model.image_aspect_ratio or None,
+        "mm_patch_merge_type": model.mm_patch_merge_type if model.image_grid_pinpoints else None,
         "model_max_length": model.model_max_length,
     }
 

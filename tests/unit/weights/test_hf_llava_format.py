@@ -407,7 +407,7 @@ def spatial_unpad(features, newline, size, grid, side):
         used = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
         fits.append((used, -(width * height - used), (width, height)))
     best = max(fits, key=lambda fit: fit[:2])[2]
-    columns, rows = best[0] // 28, best[1] // 28
+    columns, rows = best[0] // grid[0][0], best[1] // grid[0][0]
     tiles = features[1:].view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)
     height, width = tiles.shape[1:]
     if size[0] / size[1] > width / height:
@@ -420,26 +420,29 @@ def spatial_unpad(features, newline, size, grid, side):
     return torch.cat([features[0], torch.cat([tiles, ends], dim=2).flatten(1, 2).T])
 
 
-@pytest.mark.parametrize("kind", ["none", "dci"])
-def test_anyres_goes_to_llava_next(folders, tmp_path, kind):
+@pytest.mark.parametrize(("tower", "kind"), [("clip", "none"), ("clip", "dci"), ("siglip", "dci"), ("siglip", "sci")])
+def test_anyres_goes_to_llava_next(folders, tmp_path, tower, kind):
     """Sizes and resolutions of LLaVA are (width, height), those of transformers (height, width)."""
     connector = ConnectorConfig(kind)
-    folder = anyres_folder(tmp_path / "m", folders, connector)
+    side = VisionConfig.from_folder(folders[tower]).image_size
+    grid = [[width // 28 * side, height // 28 * side] for width, height in GRID]
+    folder = anyres_folder(tmp_path / "m", folders, connector, tower=tower, grid=grid)
     model = open_model(folder)
-    assert model.image_grid_pinpoints == tuple(map(tuple, GRID))
+    assert model.image_grid_pinpoints == tuple(map(tuple, grid))
     stock = load(write_export(hf_llava_export(model), tmp_path / "out"))
     assert type(stock).__name__ == "LlavaNextForConditionalGeneration"
-    assert stock.config.image_grid_pinpoints == [[height, width] for width, height in GRID]
+    assert stock.config.image_grid_pinpoints == [[height, width] for width, height in grid]
 
-    reference = ReferenceModel(folders["clip"], folders["llama"], model.vision, connector).eval()
+    reference = ReferenceModel(folders[tower], folders["llama"], model.vision, connector).eval()
     reference.connector.load_state_dict(projector_of(model))
     newline = read_tensor(model.reader, "image_newline")
     token = stock.config.image_token_index
     for size, tiles in {(40, 25): 3, (25, 40): 3, (50, 50): 5, (28, 84): 4}.items():
-        pixels = torch.randn(tiles, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+        pixels = torch.randn(tiles, 3, side, side, generator=torch.Generator().manual_seed(1))
         sizes = torch.tensor([[size[1], size[0]]])
         with torch.no_grad():
-            expected = spatial_unpad(reference.connector_features(pixels), newline, size, GRID, 4)
+            patches = model.vision.image_size // model.vision.patch_size
+            expected = spatial_unpad(reference.connector_features(pixels), newline, size, grid, patches)
             found = stock.get_image_features(pixels[None], image_sizes=sizes).pooler_output[0]
             assert found.shape == expected.shape
             assert (found - expected).abs().max() < TOLERANCE
@@ -449,15 +452,17 @@ def test_anyres_goes_to_llava_next(folders, tmp_path, kind):
         assert (logits[..., :256] - wanted).abs().max() < TOLERANCE
 
 
-def anyres_folder(folder, folders, connector: ConnectorConfig, merge: str = "spatial_unpad") -> str:
+def anyres_folder(
+    folder, folders, connector: ConnectorConfig, merge: str = "spatial_unpad", tower: str = "clip", grid=GRID
+) -> str:
     return llava_folder(
         folder,
         folders["llama"],
-        folders["clip"],
+        folders[tower],
         connector,
         image_aspect_ratio="anyres",
         mm_patch_merge_type=merge,
-        image_grid_pinpoints=GRID,
+        image_grid_pinpoints=grid,
         extra={"model.image_newline": torch.randn(64)} if merge == "spatial_unpad" else {},
     )
 
