@@ -268,10 +268,12 @@ def configurations(language: LanguageConfig, line: str, world_size: int, layout:
     """Fields of the TransformerConfig that differ between the engine's, derived from flags, and ours."""
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from dc_megatron.training.arguments import backend_argv, engine_argv
+    from dc_megatron.training.arguments import backend_argv, engine_argv, plan_steps
     from dc_megatron.training.argv import translate
 
-    words = engine_argv(translate(shlex.split(line)), language, 1000, world_size, backend_argv(False, False, False))
+    translation = translate(shlex.split(line))
+    steps = plan_steps(translation.settings, 1000, world_size, mean_length=500.0)
+    words = engine_argv(translation, language, steps, backend_argv(False, False, False))
     with _pretended(world_size, words) as arguments:
         args = arguments.parse_args()
         arguments.validate_args(args)
