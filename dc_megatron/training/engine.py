@@ -154,9 +154,8 @@ def _parse(words: list[str], checked: run.Checked):
     sys.argv = [sys.argv[0], *words]
     try:
         args = parse_and_validate_args()
-        # Unpacked rows are as long as the longest of their micro-batch; the stages then tell each other the shape. The
-        # engine has no flag for it and sets it in validate_args.
-        args.variable_seq_lengths = checked.settings.packing == "none" and args.pipeline_model_parallel_size > 1
+        if checked.settings.packing == "none" and args.pipeline_model_parallel_size > 1:
+            _exchange_shapes(args)
         core_transformer_config_from_args(args)
     except (AssertionError, ValueError) as error:
         raise UserError(f"Megatron refuses these flags: {error or 'see the traceback of its validate_args'}") from error
@@ -164,6 +163,16 @@ def _parse(words: list[str], checked: run.Checked):
         # Only primitives: an object of ours would make the weights-only loading of a checkpoint fail.
         setattr(args, f"dc_{name}", ",".join(value) if isinstance(value, tuple) else value)
     return args
+
+
+def _exchange_shapes(args) -> None:
+    """Unpacked rows are as long as the longest of their micro-batch: pipeline stages tell each other the shape.
+
+    The engine has no flag for it (validate_args sets it), and refuses it beside its default dispatcher of experts, of
+    which no model here has any.
+    """
+    args.variable_seq_lengths = True
+    args.moe_token_dispatcher_type = "alltoall"
 
 
 def _sample_pictures(checked: run.Checked, args, data: data_plan.Data):
