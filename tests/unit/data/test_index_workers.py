@@ -181,10 +181,12 @@ def interrupted(config, chunk):
 
 
 _BUILD = """
-import pickle, sys
+import pickle, signal, sys
 from dc_megatron.data import index_build, json_stream
 from dc_megatron.data.index import build_index
 
+# Shells start what runs in the background with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 config, tokenizer, folder = pickle.load(open(sys.argv[1], "rb"))
 chunk = next(json_stream.json_chunks(config.sources[0].data_path))
 def endless(config):
