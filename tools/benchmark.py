@@ -21,8 +21,11 @@ examples:
   python tools/benchmark.py packed-training --folder scratch --output benchmarks/results/packed_training.json
   python tools/benchmark.py decode --output benchmarks/results/decode.json
   python tools/benchmark.py pixels --output benchmarks/results/pixels.json
+  python tools/benchmark.py cpu-small --output benchmarks/results/cpu-small.json
+  python tools/benchmark.py 7b-stage2 --baseline hf,text-only,ours-fp8 --set steps=5 --profile profiles
   python tools/benchmark.py conversion --help
 """
+WORKLOADS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "benchmarks", "workloads")
 
 
 def run_conversion(options: argparse.Namespace) -> tuple[dict, str]:
@@ -100,6 +103,36 @@ def run_pixels(options: argparse.Namespace) -> tuple[dict, str]:
 
     result = benchmark_pixels(options.pictures, options.seed, options.device)
     return result, as_text(result)
+
+
+def run_steps(options: argparse.Namespace) -> tuple[dict, str]:
+    from dc_megatron.benchmark.step_speed import benchmark_steps
+    from dc_megatron.benchmark.step_text import as_text, read_settings
+
+    names = None if options.baseline is None else [name for name in options.baseline.split(",") if name]
+    profiled = {}
+    if options.profile:
+        os.makedirs(options.profile, exist_ok=True)
+        profiled = {
+            name: os.path.join(options.profile, f"{options.benchmark}-{name}-kernels.txt")
+            for name in options.profiled.split(",")
+        }
+    show = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    result = benchmark_steps(options.benchmark, names, read_settings(options.set), profiled, show)
+    return result, as_text(result)
+
+
+def add_steps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--baseline", metavar="NAME,...", help="measured beside ours (default: the workload's); '' for none"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a value of the workload's file"
+    )
+    parser.add_argument("--profile", metavar="DIR", help="write the most costly kernels of a step there")
+    parser.add_argument(
+        "--profiled", default="ours,ours-fp8", metavar="NAME,...", help="of which (default: ours,ours-fp8)"
+    )
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -192,13 +225,20 @@ BENCHMARKS = {
 }
 
 
+def workloads() -> list[str]:
+    """Names of the workloads of training steps: each is a benchmark of its own."""
+    return sorted(name.removesuffix(".json") for name in os.listdir(WORKLOADS) if name.endswith(".json"))
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     look = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, **look)
     commands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    for name, (what, add_flags, _) in BENCHMARKS.items():
+    steps = {name: (f"training steps of workload {name}", add_steps, run_steps) for name in workloads()}
+    for name, (what, add_flags, function) in {**BENCHMARKS, **steps}.items():
         command = commands.add_parser(name, help=what, description=what, epilog=EXAMPLE, **look)
         add_flags(command)
+        command.set_defaults(function=function)
         command.add_argument("--output", default="", metavar="FILE", help="write the result there as JSON, too")
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser.parse_args(argv)
@@ -220,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         _refuse_unwritable(options.output)
-        result, text = BENCHMARKS[options.benchmark][2](options)
+        result, text = options.function(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

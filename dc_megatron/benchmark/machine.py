@@ -95,3 +95,38 @@ def _drop_caches() -> bool:
     except OSError:
         return False
     return True
+
+
+def gpu() -> dict | None:
+    """Name, driver and memory of the first GPU as nvidia-smi tells, or None without one."""
+    try:
+        fields = "name,driver_version,memory.total"
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    name, driver, memory = (word.strip() for word in done.stdout.splitlines()[0].split(","))
+    return {"name": name, "driver": driver, "memory": memory}
+
+
+def matmul_ceiling(dtype: str) -> float:
+    """Operations a second of a large matrix product in ``dtype`` on random data, in a process of its own.
+
+    The best of several: what the arithmetic units of this machine can reach through torch.
+    """
+    code = (
+        "import sys, time, torch\n"
+        "dtype = getattr(torch, sys.argv[1]); cuda = torch.cuda.is_available()\n"
+        "n, device = (8192, 'cuda') if cuda else (2048, 'cpu')\n"
+        "a, b = (torch.randn(n, n, device=device, dtype=torch.float32).to(dtype) for _ in range(2))\n"
+        "wait = torch.cuda.synchronize if cuda else (lambda: None)\n"
+        "best = 0.0\n"
+        "for _ in range(8):\n"
+        "    wait(); start = time.perf_counter()\n"
+        "    for _ in range(10 if cuda else 1): c = a @ b\n"
+        "    wait(); best = max(best, (10 if cuda else 1) * 2 * n**3 / (time.perf_counter() - start))\n"
+        "print(best)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, dtype], capture_output=True, text=True, check=True)
+    return float(done.stdout)

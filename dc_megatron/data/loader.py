@@ -23,7 +23,7 @@ from dc_megatron.data.image_loading import image_loader, tile_requests
 from dc_megatron.data.image_store import ImageStore, open_stores
 from dc_megatron.data.index import SampleIndex
 from dc_megatron.data.row_plan import RowPlan
-from dc_megatron.data.rows import assemble, row_length
+from dc_megatron.data.rows import assemble, pinned, row_length
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class MicroBatches:
     pixel_values float32 [k, 3, H, W]. decode_images=False: pixel_values is None. start_row: rows that the whole run has
     consumed. length_multiple: unpacked rows are as long as the longest of their micro-batch, rounded up to this.
     prefetch: batches prepared ahead; 0 prepares them in next() itself. image_threads: threads that decode. stores: one
-    for every data source (default: opened from ``config``).
+    for every data source (default: opened from ``config``). pin_memory: batches lie in page-locked memory.
 
     ``data_wait_seconds`` sums the time next() waited. counts["substituted_images"] counts this rank's share only. An
     exception of the background thread is raised by next(). ``close()`` ends the thread.
@@ -63,6 +63,7 @@ class MicroBatches:
         prefetch: int = 4,
         image_threads: int = 1,
         stores: Sequence[ImageStore] | None = None,
+        pin_memory: bool = False,
     ):
         packed = config.packing != "none"
         assert not packed or micro_batch_size == 1, "packed rows are attended to one at a time"
@@ -80,7 +81,7 @@ class MicroBatches:
             if pixels is not None:
                 batch["pixel_values"], failed = pixels.load(batch)
                 batch["counts"]["substituted_images"] = failed
-            return batch
+            return pinned(batch) if pin_memory else batch
 
         self.data_wait_seconds = 0.0
         self._produce = produce

@@ -108,3 +108,8 @@ def row_length(rows: Sequence[Sequence[TokenisedSample]], multiple: int) -> int:
     """Positions of the fullest of ``rows``, rounded up to a multiple."""
     longest = max(sum(sample.length for sample in samples) for samples in rows)
     return -(-longest // multiple) * multiple
+
+
+def pinned(batch: dict) -> dict:
+    """The batch in page-locked memory, from which a GPU copies while the host goes on."""
+    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

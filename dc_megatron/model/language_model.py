@@ -30,6 +30,8 @@ class Layout:
     sequence_parallel: bool = False
     params_dtype: torch.dtype = torch.float32
     transformer_engine: bool = False
+    # Megatron's name of a scaling recipe ("delayed", "tensorwise", "blockwise"); None: no FP8.
+    fp8_recipe: str | None = None
 
 
 def transformer_config(language: LanguageConfig, layout: Layout) -> TransformerConfig:
@@ -57,8 +59,8 @@ def transformer_config(language: LanguageConfig, layout: Layout) -> TransformerC
         bias_activation_fusion=layout.transformer_engine,
         bias_dropout_fusion=layout.transformer_engine,
         masked_softmax_fusion=layout.transformer_engine,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        apply_rope_fusion=layout.transformer_engine,
+        gradient_accumulation_fusion=layout.transformer_engine,
         persist_layer_norm=layout.transformer_engine,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
@@ -71,7 +73,18 @@ def transformer_config(language: LanguageConfig, layout: Layout) -> TransformerC
         bf16=bf16,
         fp16=layout.params_dtype == torch.float16,
         calculate_per_token_loss=True,
+        **(_fp8_settings(layout.fp8_recipe) if layout.fp8_recipe else {}),
     )
+
+
+def _fp8_settings(recipe: str) -> dict:
+    """E4M3 forward, E5M2 for gradients; delayed scaling looks back as far as Transformer Engine's own default."""
+    return {
+        "fp8": "hybrid",
+        "fp8_recipe": recipe,
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+    }
 
 
 class _TorchNorm:

@@ -13,7 +13,11 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from dc_megatron.model.chunked_loss import chunked_loss
+
 IGNORED = -100
+# Most memory that a rank's fp32 logits may take at once; more rows than that are done in chunks.
+CHUNK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class HeadRequest:
     """What ``head`` is to compute of a forward pass; the ``output_processor_context`` of GPTModel.
 
     labels [b, s] (already shifted, IGNORED where there is no target) asks for losses, one for each supervised
-    position in row-major order of [b, s]. Otherwise ``positions`` [k] (indices into the flattened b * s) asks for
-    logits [k, vocab_size].
+    position in row-major order of [b, s]; ``positions`` may then hold where those are, which saves looking. Without
+    labels ``positions`` [k] (indices into the flattened b * s) asks for logits [k, vocab_size].
     """
 
     vocab_size: int
@@ -49,12 +53,24 @@ def head(*, hidden_states: Tensor, output_layer, output_weight: Tensor | None, c
         hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=context.group)
     rows = hidden_states.transpose(0, 1).flatten(0, 1)
     labels = context.labels.flatten() if context.labels is not None else None
-    positions = context.positions if labels is None else (labels != IGNORED).nonzero().squeeze(-1)
-    logits = torch.nn.functional.linear(rows.index_select(0, positions), weight).float()
+    positions = context.positions if context.positions is not None else (labels != IGNORED).nonzero().squeeze(-1)
+    rows = rows.index_select(0, positions)
+    if labels is not None:
+        return _losses(rows, weight, labels.index_select(0, positions), context)
+    logits = mask_padded_columns(torch.nn.functional.linear(rows, weight).float(), context.vocab_size, context.group)
+    return gather_from_tensor_model_parallel_region(logits, group=context.group)[:, : context.vocab_size]
+
+
+def _losses(rows: Tensor, weight: Tensor, targets: Tensor, context: HeadRequest) -> Tensor:
+    shard = weight.shape[0]
+    chunk_rows = max(1, CHUNK_BYTES // (4 * shard))
+    if rows.shape[0] > chunk_rows:
+        first = context.group.rank() * shard
+        real = min(max(context.vocab_size - first, 0), shard)
+        return chunked_loss(rows, weight, targets, first, real, context.group, chunk_rows)
+    logits = torch.nn.functional.linear(rows, weight).float()
     logits = mask_padded_columns(logits, context.vocab_size, context.group)
-    if labels is None:
-        return gather_from_tensor_model_parallel_region(logits, group=context.group)[:, : context.vocab_size]
-    return vocab_parallel_cross_entropy(logits, labels.index_select(0, positions), tp_group=context.group)
+    return vocab_parallel_cross_entropy(logits, targets, tp_group=context.group)
 
 
 def mask_padded_columns(logits: Tensor, vocab_size: int, group: torch.distributed.ProcessGroup) -> Tensor:

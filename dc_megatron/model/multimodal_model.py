@@ -16,11 +16,14 @@ from torch import Tensor
 
 from dc_megatron.config import LayerTable, image_share
 from dc_megatron.model.dense_connector import DenseConnector, join_features
+from dc_megatron.model.frozen_casts import keep_frozen_casts
 from dc_megatron.model.loss_head import HeadRequest, head
 from dc_megatron.model.vision_tower import FrozenVisionTower
 
 TRAINABLE_PARTS = ("connector", "llm")
 NEWLINE = "image_newline"
+# Of the longest sample of a row, as kernels are told.
+_LENGTH_STEP = 512
 # Transformer Engine's norms announce a state that never holds anything, torch's norms announce none. Left out of
 # checkpoints, so that either can load what the other saved; the state of the linears (for FP8) both have.
 _IDLE_STATE = "language_model.decoder.final_layernorm._extra_state"
@@ -80,6 +83,7 @@ class DenseConnectorModel(MegatronModule):
         unknown = set(parts) - set(TRAINABLE_PARTS)
         assert not unknown, f"unknown trainable parts {unknown}"
         self.language_model.requires_grad_("llm" in parts)
+        keep_frozen_casts(self.language_model)
         if self.connector is not None:
             self.connector.requires_grad_("connector" in parts)
         if self.image_newline is not None:
@@ -90,14 +94,16 @@ class DenseConnectorModel(MegatronModule):
 
         Last stage: losses [supervised positions] in fp32, row-major; with ``positions`` (indices into the flattened
         b * s) logits [k, vocab_size] instead. Other stages: hidden states for the next one. ``image_features``
-        [num_images * tile tokens, h] in the batch stand for pixels that were encoded before.
+        [num_images * tile tokens, h] in the batch stand for pixels that were encoded before. ``image_places`` and
+        ``target_places`` (indices into the flattened b * s of images and targets) may be there: looking for them on a
+        GPU would make the host wait.
         """
         embeddings = self._embed(batch) if self.pre_process else None
         request = HeadRequest(
             vocab_size=self.vocab_size,
             group=self.pg_collection.tp,
             labels=batch["labels"] if positions is None else None,
-            positions=positions,
+            positions=batch.get("target_places") if positions is None else positions,
         )
         return self.language_model(
             input_ids=batch["input_ids"],
@@ -112,7 +118,8 @@ class DenseConnectorModel(MegatronModule):
 
     def _packed_seq_params(self, batch: dict) -> PackedSeqParams:
         bounds = batch["cu_seqlens"]
-        longest = int(batch["max_seqlen"])
+        # Rounded up, so that kernels that are built for a length are built for few.
+        longest = -(-int(batch["max_seqlen"]) // _LENGTH_STEP) * _LENGTH_STEP
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=bounds,
@@ -132,7 +139,9 @@ class DenseConnectorModel(MegatronModule):
                 # Row num_images * tile tokens of image_feature_index.
                 features = torch.cat([features, self.image_newline.to(features.dtype)[None]])
             length, rows, width = embeddings.shape
-            places = batch["image_mask"].flatten().nonzero().squeeze(-1)
+            places = batch.get("image_places")
+            if places is None:
+                places = batch["image_mask"].flatten().nonzero().squeeze(-1)
             chosen = features.index_select(0, batch["image_feature_index"]).to(embeddings.dtype)
             flat = embeddings.transpose(0, 1).reshape(rows * length, width).index_copy(0, places, chosen)
             embeddings = flat.view(rows, length, width).transpose(0, 1).contiguous()

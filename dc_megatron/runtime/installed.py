@@ -36,8 +36,13 @@ def has_module(name: str) -> bool:
 
 
 def has_transformer_engine() -> bool:
-    """Transformer Engine with its PyTorch part: the plain package alone cannot build a layer."""
-    return has_module("transformer_engine") and has_module("transformer_engine_torch")
+    """Transformer Engine with its PyTorch part: the plain package alone cannot build a layer.
+
+    The part is a package of its own whose library lies inside the first one's folder, or beside it (built from source).
+    """
+    if not has_module("transformer_engine"):
+        return False
+    return has_module("transformer_engine_torch") or version_of("transformer-engine-torch") is not None
 
 
 def has_apex() -> bool:
@@ -56,6 +61,16 @@ def apex_error() -> str | None:
     """Why apex's optimizer and kernels cannot be used in this process, or None if they can."""
     # amp_C and the last are compiled: what the optimizer and the fused accumulation of gradients call.
     return _usability_error(has_apex(), "apex.optimizers", "amp_C", "fused_weight_gradient_mlp_cuda")
+
+
+@cache
+def flash_attention_error() -> str | None:
+    """Why flash-attn's kernels cannot be used in this process, or None if they can."""
+    return _usability_error(has_flash_attention(), "flash_attn")
+
+
+def usable_flash_attention() -> bool:
+    return flash_attention_error() is None
 
 
 def usable_transformer_engine() -> bool:

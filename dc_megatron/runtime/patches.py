@@ -43,6 +43,7 @@ def _calling(function: Callable) -> Callable:
 CONDITIONS: dict[str, Callable[[], bool]] = {
     "no_cuda": lambda: not device.has_cuda(),
     "no_te_and_no_apex": lambda: not (installed.usable_transformer_engine() or installed.usable_apex()),
+    "te_without_apex": lambda: installed.usable_transformer_engine() and not installed.usable_apex(),
     "always": lambda: True,
     "wheel_install": lambda: True,  # megatron-core comes as a wheel here; its pin is in the requirement files
 }
@@ -183,6 +184,16 @@ CORE_ROWS = [
         _constant(True),
         "no_te_and_no_apex",
         "aligns the step of parameter groups that are empty on some rank",
+    ),
+]
+
+CORE_ROWS += [
+    Patch(
+        "megatron.core.tensor_parallel.layers:_grad_accum_fusion_available",
+        _constant(True),
+        "te_without_apex",
+        "Transformer Engine's layers add weight gradients to the gradient buffer themselves; the output layer asks for"
+        " apex's kernel when it is made, and never calls it: the head here is a product of its own",
     ),
 ]
 

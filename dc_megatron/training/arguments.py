@@ -319,7 +319,7 @@ def backend_argv(cuda: bool, transformer_engine: bool, apex: bool) -> list[str]:
         # The fused rotary embedding and the persistent norm belong to Transformer Engine and apex; our attention on
         # torch's scaled_dot_product_attention has no softmax of its own to fuse.
         words += ["--no-rope-fusion", "--no-masked-softmax-fusion", "--no-persist-layer-norm"]
-    if not apex:
+    if not (apex or transformer_engine):
         words += ["--no-gradient-accumulation-fusion"]  # the engine stops where apex's kernel is asked for and absent
     if not cuda:
         words += ["--no-bias-gelu-fusion", "--no-bias-swiglu-fusion", "--no-bias-dropout-fusion"]

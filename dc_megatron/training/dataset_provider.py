@@ -12,6 +12,7 @@ from dc_megatron.config import VisionConfig
 from dc_megatron.data.image_store import open_stores
 from dc_megatron.data.loader import MicroBatches
 from dc_megatron.errors import UserError
+from dc_megatron.runtime import device
 from dc_megatron.training.data_plan import Data
 
 
@@ -49,6 +50,7 @@ def make_dataset_provider(
             # Under sequence parallelism every tensor-parallel rank takes an equal piece of a row.
             length_multiple=args.tensor_model_parallel_size,
             image_threads=max(1, args.num_workers),
+            pin_memory=device.has_cuda(),
         )
         loaders.append(loader)
         on_ready()

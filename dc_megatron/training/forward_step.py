@@ -8,7 +8,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dc_megatron.model.loss_head import IGNORED
+
 LOSS_NAME = "lm loss"
+
+
+def with_places(batch: dict) -> dict:
+    """The batch and where in its flattened rows images and targets stand, found where the batch lies.
+
+    Done on the host: on a GPU the host would wait for the count.
+    """
+    return {
+        **batch,
+        "image_places": batch["image_mask"].flatten().nonzero().squeeze(-1),
+        "target_places": (batch["labels"].flatten() != IGNORED).nonzero().squeeze(-1),
+    }
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -34,18 +48,19 @@ def make_forward_step(
         batch = next(data_iterator)
         if on_batch is not None and batch["pixel_values"] is not None:
             on_batch(batch["counts"])
-        return model(to_device(batch, device)), partial(loss_function)
+        return model(to_device(with_places(batch), device)), partial(loss_function)
 
     return forward_step
 
 
 def _report(losses: Tensor) -> dict:
     """Sum and count: the engine adds both up over micro-batches and data-parallel ranks before it divides."""
-    return {LOSS_NAME: torch.stack([losses.detach().sum(), losses.new_tensor(losses.numel())])}
+    return {LOSS_NAME: torch.stack([losses.detach().sum(), losses.new_full((), losses.numel())])}
 
 
 def _token_loss(losses: Tensor) -> tuple[Tensor, Tensor, dict]:
-    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    # Filled on the device: a copy from the host would wait for all that is queued there.
+    count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)
     return losses.sum(), count, _report(losses)
 
 

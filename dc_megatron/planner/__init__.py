@@ -1,0 +1,1 @@
+"""Pure arithmetic about a run: what a step costs. No torch, no GPU, no weights."""
