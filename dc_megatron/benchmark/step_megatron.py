@@ -73,6 +73,7 @@ class MegatronStep:
             fp8_recipe=variant.fp8_recipe,
         )
         config = transformer_config(language, layout)
+        config.gradient_accumulation_fusion = self.fused
         if variant.recompute:
             config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
         rows = padded_vocab_size(language.vocab_size, variant.tensor_parallel)

@@ -21,11 +21,11 @@ class Workload:
     language, vision: contents of ``config.json``, with the source they were typed from in ``source``. trainable: parts
     that learn. stage: whose lengths the samples have (see llava_lengths). rows: packed rows of ``seq_length`` in a
     step; the padded baselines get the samples of those rows in micro-batches of ``padded_batch``. supervised_share: of
-    a sample's text. steps: measured in each of ``rounds``, after ``warmup``. threads: of all processes together, on a
-    CPU. coexist: the variants live side by side and take turns; without, each has the machine's memory for itself.
-    baselines: variants that are measured beside ``ours`` where none is named. optimizer: "fp32" (gradients, master
-    weights and moments) or "bf16" (gradients and moments in bf16 beside fp32 master weights), for those of ours on a
-    GPU. learning_rate: small, so that losses stay comparable.
+    a sample's text. steps: measured in each of ``rounds``, after ``warmup``; of padded baselines ``baseline_steps``.
+    threads: of all processes together, on a CPU. coexist: the variants live side by side and take turns; without, each
+    has the machine's memory for itself. baselines: variants that are measured beside ``ours`` where none is named.
+    optimizer: "fp32" (gradients, master weights and moments) or "bf16" (gradients and moments in bf16 beside fp32
+    master weights), where Transformer Engine is. learning_rate: small, so that losses stay comparable.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Workload:
     coexist: bool
     baselines: tuple[str, ...]
     optimizer: str = "fp32"
+    baseline_steps: int = 1
     learning_rate: float = 1e-5
     seed: int = 1
 
@@ -100,7 +101,7 @@ def read_workload(name: str, overrides: dict | None = None) -> Workload:
 
 
 def _check(workload: Workload, path: str) -> None:
-    sizes = ("seq_length", "rows", "padded_batch", "steps", "rounds", "threads")
+    sizes = ("seq_length", "rows", "padded_batch", "steps", "rounds", "threads", "baseline_steps")
     for key in sizes:
         if not isinstance(getattr(workload, key), int) or getattr(workload, key) < 1:
             raise UserError(f"{path}: {key} is {getattr(workload, key)!r}; it must be a whole number above 0")

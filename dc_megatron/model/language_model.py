@@ -60,7 +60,8 @@ def transformer_config(language: LanguageConfig, layout: Layout) -> TransformerC
         bias_dropout_fusion=layout.transformer_engine,
         masked_softmax_fusion=layout.transformer_engine,
         apply_rope_fusion=layout.transformer_engine,
-        gradient_accumulation_fusion=layout.transformer_engine,
+        # Programs without the engine have no gradient buffers that a layer could add to.
+        gradient_accumulation_fusion=False,
         persist_layer_norm=layout.transformer_engine,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,

@@ -31,6 +31,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Of this process's GPU, or None without one."""
+    return torch.cuda.get_device_capability() if has_cuda() else None
+
+
 def choose_gpu(local_rank: int) -> None:
     """Make this process's GPU the current one, before anything asks for ``device()``. Nothing to do on a CPU."""
     if has_cuda():

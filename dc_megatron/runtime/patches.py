@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from dc_megatron.runtime import cpu_device, device, installed, noise
 from dc_megatron.runtime.adam import GroupStepAdam
+from dc_megatron.runtime.gradient_scaling import by_a_number
 from dc_megatron.runtime.listed_classes import with_listed_classes
 from dc_megatron.runtime.rotary import rotating_whole_rows
 
@@ -42,6 +43,7 @@ def _calling(function: Callable) -> Callable:
 
 CONDITIONS: dict[str, Callable[[], bool]] = {
     "no_cuda": lambda: not device.has_cuda(),
+    "cuda": device.has_cuda,
     "no_te_and_no_apex": lambda: not (installed.usable_transformer_engine() or installed.usable_apex()),
     "te_without_apex": lambda: installed.usable_transformer_engine() and not installed.usable_apex(),
     "always": lambda: True,
@@ -194,6 +196,12 @@ CORE_ROWS += [
         "te_without_apex",
         "Transformer Engine's layers add weight gradients to the gradient buffer themselves; the output layer asks for"
         " apex's kernel when it is made, and never calls it: the head here is a product of its own",
+    ),
+    Patch(
+        "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer.scale_gradients",
+        by_a_number,
+        "cuda",
+        "a product with a tensor of one element is broadcast slowly (see gradient_scaling.py)",
     ),
 ]
 

@@ -16,6 +16,7 @@ from dc_megatron.config import nearest
 from dc_megatron.errors import UserError
 from dc_megatron.training.engine_flags import EngineFlag, check_engine_flag, engine_flags, spelling_of
 from dc_megatron.training.flag_table import AVAILABLE, FLAGS, NO_MEANING, NOT_YET, Flag, flags_by_key
+from dc_megatron.training.fp8_flags import fp8_words, refuse_impossible_fp8
 from dc_megatron.training.settings import RunSettings
 
 REQUIRED_FOR_TRAINING = ("model_name_or_path", "vision_tower", "data_path", "version")
@@ -217,6 +218,7 @@ def _refuse_contradictions(reading: _Reading, values: dict) -> None:
         reading.notes.append(f"--model_max_length {values['seq_length']}: as long as --seq-length")
     _settle_packing(reading, values)
     _refuse_decoding(values)
+    refuse_impossible_fp8(values, set(reading.values))
     if values["min_lr"] > values["learning_rate"]:
         raise UserError(f"--min-lr {values['min_lr']}: above --learning_rate {values['learning_rate']}")
     for name in _POSITIVE:
@@ -279,6 +281,7 @@ _NOT_NEGATIVE = (
     "max_bad_sample_rate",
     "dataloader_num_workers",
     "log_images",
+    "fp8_check_interval",
 )
 
 
@@ -291,6 +294,7 @@ def _engine_words(reading: _Reading, settings: RunSettings) -> list[str]:
             words += [flag.engine] if value else []
         elif value not in (None, ""):
             words += [flag.engine, str(value)]
+    words += fp8_words(settings, reading.engine)
     if settings.loss_reduction == "token":
         words.append("--calculate-per-token-loss")
     if settings.gradient_checkpointing:

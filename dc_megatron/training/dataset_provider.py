@@ -14,6 +14,7 @@ from dc_megatron.data.loader import MicroBatches
 from dc_megatron.errors import UserError
 from dc_megatron.runtime import device
 from dc_megatron.training.data_plan import Data
+from dc_megatron.training.fp8_flags import length_multiple
 
 
 def make_dataset_provider(
@@ -48,7 +49,7 @@ def make_dataset_provider(
             stores=open_stores(data.config.sources, cache=data.folder) if decodes else None,
             start_row=args.consumed_train_samples,
             # Under sequence parallelism every tensor-parallel rank takes an equal piece of a row.
-            length_multiple=args.tensor_model_parallel_size,
+            length_multiple=length_multiple(args.fp8, args.tensor_model_parallel_size),
             image_threads=max(1, args.num_workers),
             pin_memory=device.has_cuda(),
         )

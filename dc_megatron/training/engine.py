@@ -11,6 +11,8 @@ from dc_megatron.errors import UserError
 from dc_megatron.runtime import device, installed, patches
 from dc_megatron.training import data_plan, run
 from dc_megatron.training.arguments import StepPlan, backend_argv, engine_argv
+from dc_megatron.training.fp8_band import Fp8Band
+from dc_megatron.training.fp8_flags import refuse_unsupported_fp8
 from dc_megatron.training.metrics import Clock, MetricsFile, StepCounts
 from dc_megatron.training.resume import refuse_damaged_files, refuse_other_tower_weights
 from dc_megatron.weights.checkpoint_folder import write_json
@@ -34,6 +36,7 @@ def train(checked: run.Checked) -> None:
         # First: of a damaged file it is the name that helps, not what could not be made of its content.
         refuse_damaged_files(checked.start, rank, world_size)
     notes = _check_weights(checked)
+    refuse_unsupported_fp8(checked.settings, installed.transformer_engine_error(), device.compute_capability())
     if checked.settings.image_decode_device == "gpu" and not device.has_cuda():
         raise UserError("--image-decode-device gpu: there is no GPU here; leave it out")
     config = data_plan.data_config(checked)
@@ -191,6 +194,18 @@ def _sample_pictures(checked: run.Checked, args, data: data_plan.Data):
     return None
 
 
+def _band(checked: run.Checked, args, data: data_plan.Data) -> Fp8Band | None:
+    settings = checked.settings
+    if settings.fp8_format is None or not settings.fp8_check_interval:
+        return None
+    if args.pipeline_model_parallel_size > 1:
+        if args.rank == 0:
+            print("note: --fp8-check-interval: FP8 is not compared with bf16 where there are pipeline stages")
+        return None
+    first = (args.ckpt_step or 0) if checked.start.resumes else 0
+    return Fp8Band(settings.fp8_check_interval, data.steps.accumulation_steps, settings.fp8_recipe, first)
+
+
 def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]) -> None:
     import torch
     from megatron.core.enums import ModelType
@@ -220,6 +235,7 @@ def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]
     if checked.settings.log_images and args.tensorboard_dir:
         session.pictures = _sample_pictures(checked, args, data)
     session.consumed_tokens.update(checked.start.consumed_tokens)
+    session.band = _band(checked, args, data)
     engine_hooks.install(session)
 
     def on_ready() -> None:
@@ -232,7 +248,7 @@ def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]
         pretrain_cfg_container_from_args(args),
         make_dataset_provider(data, checked.vision, loaders, on_ready=on_ready),
         ModelType.encoder_or_decoder,
-        make_forward_step(device.device(), checked.settings.loss_reduction, counts.add),
+        make_forward_step(device.device(), checked.settings.loss_reduction, counts.add, session.band),
         make_model_provider(checked),
     )
     torch.distributed.barrier()

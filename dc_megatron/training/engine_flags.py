@@ -81,7 +81,7 @@ REFUSED = {
         ("non-persistent-save-interval", "non-persistent-ckpt-type"), "not available yet; use --save_steps"
     ),
     "async-save": "not available yet; checkpoints are written before the next step begins",
-    "fp8-format": "not available yet; train in bf16",
+    "fp8-param-gather": "not available yet: checkpoints hold bf16 weights, which are cast to FP8 and kept so",
     "fp4-format": "not available yet; train in bf16",
     "yaml-cfg": "flags are the configuration of this program; metrics and resolved_config.json record them",
     "encoder-seq-length": "use --seq-length",

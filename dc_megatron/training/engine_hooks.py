@@ -17,6 +17,7 @@ from megatron.training import checkpointing, get_args, get_tensorboard_writer, p
 from dc_megatron.data.loader import MicroBatches
 from dc_megatron.errors import UserError
 from dc_megatron.training.forward_step import LOSS_NAME
+from dc_megatron.training.fp8_band import Fp8Band
 from dc_megatron.training.metrics import COUNTS, Clock, MetricsFile, StepCounts, progress_line
 from dc_megatron.training.model_provider import trained_connector
 from dc_megatron.training.run import Checked
@@ -39,6 +40,7 @@ class Session:
     loaders: list[MicroBatches]
     metrics: MetricsFile | None = None
     pictures: SamplePictures | None = None
+    band: Fp8Band | None = None
     tower_hash: str | None = None
     # Tokens that the run has seen since step 0, over all its resumes.
     consumed_tokens: dict[str, int] = field(default_factory=lambda: {"processed": 0, "supervised": 0})
@@ -113,6 +115,8 @@ def _log_hook(original: Callable, session: Session) -> Callable:
             "step_seconds": round(seconds, 6),
             "data_wait_seconds": round(totals["wait"], 6),
         }
+        if session.band is not None:
+            entry["fp8_loss_difference"] = session.band.take()
         if session.metrics is not None:
             session.metrics.write(entry)
         writer = get_tensorboard_writer()

@@ -211,6 +211,32 @@ _TRAINING = (
     Flag("gradient_checkpointing", bool, False, "recompute every layer's activations in the backward pass", TRAINING),
     Flag("bf16", bool, False, "compute in bfloat16", TRAINING, engine="--bf16", handed_on=True),
     Flag("fp16", bool, False, "compute in float16 with loss scaling", TRAINING, engine="--fp16", handed_on=True),
+    Flag(
+        "fp8-format",
+        str,
+        None,
+        "the language model's linear layers in FP8 (beside --bf16; needs Transformer Engine); hybrid: E4M3 forward,"
+        " E5M2 for gradients",
+        TRAINING,
+        engine="--fp8-format",
+        choices=("hybrid", "e4m3"),
+    ),
+    Flag(
+        "fp8-recipe",
+        str,
+        "delayed",
+        "how FP8 values are scaled: by the past, by the present tensor, by blocks of it; mxfp8 needs Blackwell",
+        TRAINING,
+        engine="--fp8-recipe",
+        choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
+    ),
+    Flag(
+        "fp8-check-interval",
+        int,
+        100,
+        "steps between comparisons of the FP8 loss with that of a bf16 pass over the same rows; 0: none",
+        TRAINING,
+    ),
 )
 
 _OPTIMIZER = (

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from dc_megatron.model.loss_head import IGNORED
+from dc_megatron.training.fp8_band import Fp8Band
 
 LOSS_NAME = "lm loss"
 
@@ -34,13 +36,17 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def make_forward_step(
-    device: torch.device, loss_reduction: str = "token", on_batch: Callable[[dict], None] | None = None
+    device: torch.device,
+    loss_reduction: str = "token",
+    on_batch: Callable[[dict], None] | None = None,
+    band: Fp8Band | None = None,
 ) -> Callable:
     """``forward_step(data_iterator, model)`` for megatron-core's schedules.
 
     loss_reduction "token" needs ``calculate_per_token_loss`` in the model's config: the schedule divides gradients by
     the supervised tokens of the whole global batch. "microbatch" takes the mean of each micro-batch, as the original.
     ``on_batch`` is told the counts of every micro-batch on the ranks that see its pixels: the first pipeline stage.
+    ``band`` compares FP8 with bf16 now and then.
     """
     loss_function = {"token": _token_loss, "microbatch": _microbatch_loss}[loss_reduction]
 
@@ -48,7 +54,12 @@ def make_forward_step(
         batch = next(data_iterator)
         if on_batch is not None and batch["pixel_values"] is not None:
             on_batch(batch["counts"])
-        return model(to_device(with_places(batch), device)), partial(loss_function)
+        batch = to_device(with_places(batch), device)
+        in_bf16 = band.loss_in_bf16(model, get_model_config(model), batch) if band is not None else None
+        losses = model(batch)
+        if in_bf16 is not None:
+            band.compare(in_bf16, losses)
+        return losses, partial(loss_function)
 
     return forward_step
 

@@ -6,6 +6,7 @@ import io
 from typing import BinaryIO
 
 import numpy as np
+from megatron.core.utils import get_model_config
 
 from dc_megatron.config import DataConfig
 from dc_megatron.data.image_store import open_stores
@@ -17,6 +18,7 @@ from dc_megatron.data.tokenization import IGNORE, IMAGE_ID, TokenisedSample, loa
 from dc_megatron.inference.generate import continue_prompts
 from dc_megatron.inference.session import Runner
 from dc_megatron.inference.source import Resolved, Source
+from dc_megatron.training.fp8_band import without_fp8
 from dc_megatron.training.run import Checked
 
 _NEW_TOKENS = 32
@@ -44,9 +46,11 @@ class SamplePictures:
         model.eval()
         try:
             runner = Runner(self._resolved(), model)
-            answers = continue_prompts(
-                runner, self._tokenizer, prompts, pictures, self._stores, _NEW_TOKENS, self._config.image_backend
-            )
+            # Rows of a prompt's length are no multiple of what FP8 takes.
+            with without_fp8(get_model_config(model)):
+                answers = continue_prompts(
+                    runner, self._tokenizer, prompts, pictures, self._stores, _NEW_TOKENS, self._config.image_backend
+                )
         finally:
             model.train()
         if writer is None:

@@ -51,6 +51,9 @@ class RunSettings:
     gradient_checkpointing: bool
     bf16: bool
     fp16: bool
+    fp8_format: str | None
+    fp8_recipe: str
+    fp8_check_interval: int
     learning_rate: float
     min_lr: float
     lr_scheduler_type: str

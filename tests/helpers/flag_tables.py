@@ -12,11 +12,12 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 # Flags that neither LLaVA nor Megatron has.
 OURS = (
     *("trainable", "packing", "data-order", "image-backend", "max-bad-sample-rate", "index-folder"),
-    *("loss-reduction", "log-images", "verify-checkpoint"),
+    *("loss-reduction", "log-images", "verify-checkpoint", "fp8-check-interval"),
 )
 # Flags that keep the meaning they have in Megatron, under Megatron's name.
 MEGATRONS = (
     *("seq-length", "global-batch-size", "micro-batch-size", "min-lr", "load"),
+    *("fp8-format", "fp8-recipe"),
     *("tensor-model-parallel-size", "pipeline-model-parallel-size", "sequence-parallel"),
 )
 

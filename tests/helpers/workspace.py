@@ -14,12 +14,12 @@ from tests.helpers.tiny_models import tiny_clip, tiny_llama
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "white": (250, 250, 250)}
 
 
-def make_workspace(root, records: int = 24, vocab: int = 1003, sizes=((50, 40),)) -> dict[str, str]:
+def make_workspace(root, records: int = 24, vocab: int = 1003, sizes=((50, 40),), **shape) -> dict[str, str]:
     """``root``/llama (model and tokenizer), /clip, /images and /data.json (every third record without a picture).
 
-    sizes: of the pictures, (width, height), one after the other and again from the first.
+    sizes: of the pictures, (width, height), one after the other and again from the first. shape: of tiny_llama.
     """
-    llama = tiny_llama(root / "llama", vocab=vocab)
+    llama = tiny_llama(root / "llama", vocab=vocab, **shape)
     sentencepiece_tokenizer(root / "llama")
     clip = tiny_clip(root / "clip")
     os.makedirs(root / "images", exist_ok=True)

@@ -21,7 +21,8 @@ seq_length packing group_by_modality_length video_frames data_order image_backen
 max_bad_sample_rate index_folder
 dataloader_num_workers seed trainable
 tune_mm_mlp_adapter freeze_backbone num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
-global_batch_size micro_batch_size loss_reduction gradient_checkpointing bf16 fp16 learning_rate min_lr
+global_batch_size micro_batch_size loss_reduction gradient_checkpointing bf16 fp16
+fp8_format fp8_recipe fp8_check_interval learning_rate min_lr
 lr_scheduler_type warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm output_dir
 load verify_checkpoint save_steps save_strategy logging_steps report_to logging_dir log_images
 tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel
@@ -55,6 +56,8 @@ COLLISIONS = {
     "seed": "as it is",
     "bf16": "as it is",
     "fp16": "as it is",
+    "fp8_format": "computed",
+    "fp8_recipe": "computed",
     "lr": "as it is",
     "min_lr": "as it is",
     "weight_decay": "as it is",

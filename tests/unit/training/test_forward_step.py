@@ -14,7 +14,13 @@ def run(loss_reduction: str, batches: list[list[float]], pixels=()) -> tuple[lis
     told = []
     forward_step = make_forward_step(torch.device("cpu"), loss_reduction, told.append)
     iterator = iter(
-        {"losses": torch.tensor(losses), "pixel_values": pixels, "counts": {"images": len(losses)}}
+        {
+            "losses": torch.tensor(losses),
+            "labels": torch.zeros(1, len(losses), dtype=torch.int64),
+            "image_mask": torch.zeros(1, len(losses), dtype=torch.bool),
+            "pixel_values": pixels,
+            "counts": {"images": len(losses)},
+        }
         for losses in batches
     )
     results = []
