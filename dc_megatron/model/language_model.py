@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_spec,
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from dc_megatron.config import LanguageConfig
 from dc_megatron.model.attention import TorchCoreAttention
+from dc_megatron.model.last_layer import LastLayer
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,11 @@ class _TorchNorm:
         return norm
 
 
-def _layer_spec(config: TransformerConfig, transformer_engine: bool, layers: int):
+def _layer_spec(config: TransformerConfig, transformer_engine: bool, layers: int, last: bool):
+    """``layers`` layers; with ``last`` the uppermost of them is the model's."""
     if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec()
+        return TransformerBlockSubmodules(layer_specs=_layers(layer, layers, last), layer_norm=TENorm)
     submodules = get_gpt_layer_local_submodules(normalization=config.normalization)
     attention = replace(submodules.self_attention.submodules, core_attention=TorchCoreAttention)
     submodules = replace(
@@ -112,7 +116,11 @@ def _layer_spec(config: TransformerConfig, transformer_engine: bool, layers: int
         self_attention=replace(submodules.self_attention, submodules=attention),
     )
     layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=_TorchNorm)
+    return TransformerBlockSubmodules(layer_specs=_layers(layer, layers, last), layer_norm=_TorchNorm)
+
+
+def _layers(layer: ModuleSpec, count: int, last: bool) -> list[ModuleSpec]:
+    return [layer] * (count - last) + [replace(layer, module=LastLayer)] * last
 
 
 def build_language_model(
@@ -132,7 +140,7 @@ def build_language_model(
     layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pg_collection.pp.rank())
     return GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, transformer_engine, layers),
+        transformer_layer_spec=_layer_spec(config, transformer_engine, layers, last=post_process and layers > 0),
         vocab_size=vocab_rows,
         max_sequence_length=max_sequence_length,
         pre_process=pre_process,

@@ -33,6 +33,8 @@ class HeadRequest:
     group: torch.distributed.ProcessGroup
     labels: Tensor | None = None
     positions: Tensor | None = None
+    # The hidden states are those of ``positions`` alone, with some more rows behind them.
+    chosen: bool = False
 
 
 def head(*, hidden_states: Tensor, output_layer, output_weight: Tensor | None, context: HeadRequest, config, **_):
@@ -54,7 +56,7 @@ def head(*, hidden_states: Tensor, output_layer, output_weight: Tensor | None, c
     rows = hidden_states.transpose(0, 1).flatten(0, 1)
     labels = context.labels.flatten() if context.labels is not None else None
     positions = context.positions if context.positions is not None else (labels != IGNORED).nonzero().squeeze(-1)
-    rows = rows.index_select(0, positions)
+    rows = rows[: positions.shape[0]] if context.chosen else rows.index_select(0, positions)
     if labels is not None:
         return _losses(rows, weight, labels.index_select(0, positions), context)
     logits = mask_padded_columns(torch.nn.functional.linear(rows, weight).float(), context.vocab_size, context.group)

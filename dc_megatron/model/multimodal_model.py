@@ -17,6 +17,7 @@ from torch import Tensor
 from dc_megatron.config import LayerTable, image_share
 from dc_megatron.model.dense_connector import DenseConnector, join_features
 from dc_megatron.model.frozen_casts import keep_frozen_casts
+from dc_megatron.model.last_layer import ask_for_rows, wanted_rows
 from dc_megatron.model.loss_head import HeadRequest, head
 from dc_megatron.model.vision_tower import FrozenVisionTower
 
@@ -99,19 +100,25 @@ class DenseConnectorModel(MegatronModule):
         GPU would make the host wait.
         """
         embeddings = self._embed(batch) if self.pre_process else None
+        # Questions to a model in training come unpacked, without bounds.
+        packed = self._packed_seq_params(batch) if self.packed and "cu_seqlens" in batch else None
+        places = batch.get("target_places") if positions is None else positions
+        chosen = packed is not None and places is not None
+        if chosen:
+            packed = ask_for_rows(packed, wanted_rows(places, self.config))
         request = HeadRequest(
             vocab_size=self.vocab_size,
             group=self.pg_collection.tp,
             labels=batch["labels"] if positions is None else None,
-            positions=batch.get("target_places") if positions is None else positions,
+            positions=places,
+            chosen=chosen,
         )
         return self.language_model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
             attention_mask=None,
             decoder_input=embeddings,
-            # Questions to a model in training come unpacked, without bounds.
-            packed_seq_params=self._packed_seq_params(batch) if self.packed and "cu_seqlens" in batch else None,
+            packed_seq_params=packed,
             output_processor=head,
             output_processor_context=request,
         )

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 
 from dc_megatron.runtime import installed
+from dc_megatron.runtime.kernels import Machine, chosen_kernels
 
 _DISTRIBUTIONS = (
     "torch",
@@ -28,6 +29,8 @@ def examine() -> dict:
     For Transformer Engine and apex, training and inference ask the same functions of ``installed``.
     ``backends`` maps a part to {"choice", "why"}.
     """
+    from dc_megatron.runtime.device import compute_capability
+
     machine = _machine()
     optional = {
         "transformer-engine": _optional(installed.has_transformer_engine(), installed.transformer_engine_error),
@@ -43,7 +46,7 @@ def examine() -> dict:
         "machine": machine,
         "versions": {name: installed.version_of(name) for name in _DISTRIBUTIONS},
         "optional": optional,
-        "backends": _backends(machine["cuda"], optional),
+        "backends": _backends(machine["cuda"], optional, compute_capability()),
     }
 
 
@@ -70,7 +73,7 @@ def _usable(package: dict) -> bool:
     return package["found"] and package["error"] is None
 
 
-def _backends(cuda: bool, optional: dict) -> dict:
+def _backends(cuda: bool, optional: dict, capability: tuple[int, int] | None = None) -> dict:
     engine, dali = optional["transformer-engine"], optional["dali"]
     transformer_engine = cuda and _usable(engine)
     without = "there is no GPU" if not cuda else f"Transformer Engine: {engine['error']}"
@@ -78,27 +81,22 @@ def _backends(cuda: bool, optional: dict) -> dict:
         "device": ("cuda", "torch sees a GPU") if cuda else ("cpu", _why_no_cuda()),
         "communication": ("nccl", "GPUs") if cuda else ("gloo", "tensors are on the CPU"),
         "layers": ("transformer_engine", "installed, and there is a GPU") if transformer_engine else ("local", without),
-        "attention": ("transformer_engine", "comes with its layers") if transformer_engine else ("sdpa", without),
-        "optimizer": _optimizer(cuda, transformer_engine, _usable(optional["apex"])),
         "images": _images(cuda, dali),
     }
-    return {part: {"choice": choice, "why": why} for part, (choice, why) in backends.items()}
+    found = {part: {"choice": choice, "why": why} for part, (choice, why) in backends.items()}
+    flash = optional.get("flash-attn", {"error": "not installed"})
+    facts = Machine(cuda, capability, engine["error"], optional["apex"]["error"], flash["error"])
+    kernels = {
+        part: {"choice": c.choice, "why": c.why or "the fastest here"} for part, c in chosen_kernels(facts).items()
+    }
+    images = found.pop("images")
+    return {**found, **kernels, "images": images}
 
 
 def _why_no_cuda() -> str:
     if os.environ.get("DC_DEVICE") == "cpu":
         return "DC_DEVICE=cpu is set"
     return "torch sees no GPU" + ("" if shutil.which("nvidia-smi") else ", and there is no nvidia-smi")
-
-
-def _optimizer(cuda: bool, transformer_engine: bool, apex: bool) -> tuple[str, str]:
-    if not cuda:
-        return "torch AdamW", "there is no GPU"
-    if transformer_engine:
-        return "Transformer Engine FusedAdam", "installed, and there is a GPU"
-    if apex:
-        return "apex FusedAdam", "installed, and there is no Transformer Engine"
-    return "torch AdamW", "neither Transformer Engine nor apex can be used"
 
 
 def _images(cuda: bool, dali: dict) -> tuple[str, str]:
@@ -127,7 +125,7 @@ def as_text(report: dict) -> str:
         state = "usable" if package["error"] is None else package["error"]
         lines.append(f"  {name:20} {package['version'] or '-':14} {state}")
     lines += ["", "A run here uses"]
-    lines += [f"  {part:20} {backend['choice']:30} ({backend['why']})" for part, backend in report["backends"].items()]
+    lines += [f"  {part:20} {backend['choice']:40} ({backend['why']})" for part, backend in report["backends"].items()]
     if report.get("engine_flags"):
         lines += ["", "Flags given to Megatron's engine", "  " + " ".join(report["engine_flags"])]
     return "\n".join(lines)

@@ -326,6 +326,23 @@ def backend_argv(cuda: bool, transformer_engine: bool, apex: bool) -> list[str]:
     return words
 
 
+def sharding_argv(translation: Translation, data_parallel_size: int, cuda: bool) -> list[str]:
+    """Megatron's flags that spread the optimizer of stage 2 over the data-parallel ranks, unless they were typed.
+
+    At any number of ranks, so that a run can go on with another. On GPUs gradients travel while others are computed;
+    parameters do as well where no pictures are logged, which ask a model whose parameters are all there.
+    """
+    settings, typed = translation.settings, {*translation.megatron_argv, *translation.switched_off}
+    if "llm" not in settings.trainable or "--use-distributed-optimizer" in translation.switched_off:
+        return []
+    words = ["--use-distributed-optimizer"]
+    if cuda and data_parallel_size > 1:
+        words.append("--overlap-grad-reduce")
+        if not settings.log_images and "--overlap-grad-reduce" not in translation.switched_off:
+            words.append("--overlap-param-gather")
+    return [word for word in words if word not in typed]
+
+
 def engine_argv(translation: Translation, language: LanguageConfig, plan: StepPlan, backend: list[str]) -> list[str]:
     """All words for Megatron's parser: ``backend_argv(...)``, shape, batches and steps, and last what was typed."""
     settings = translation.settings
@@ -333,5 +350,6 @@ def engine_argv(translation: Translation, language: LanguageConfig, plan: StepPl
         *backend,
         *megatron_shape_argv(language, settings, plan.seq_length, translation.megatron_argv),
         *finish(settings, plan),
+        *sharding_argv(translation, plan.data_parallel_size, "nccl" in backend),
         *translation.megatron_argv,
     ]

@@ -34,6 +34,8 @@ class Translation:
     settings: RunSettings
     megatron_argv: list[str]
     notes: list[str]
+    # Megatron's switches that were typed with False: defaults of ours give way to them.
+    switched_off: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -44,6 +46,7 @@ class _Reading:
     spelled: dict[str, str] = field(default_factory=dict)
     engine: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    switched_off: set[str] = field(default_factory=set)
 
 
 def translate(argv: list[str], required: tuple[str, ...] = ()) -> Translation:
@@ -66,7 +69,7 @@ def translate(argv: list[str], required: tuple[str, ...] = ()) -> Translation:
         uneven_pipeline=any(name in reading.engine for name in _UNEVEN_PIPELINE),
         given=tuple(reading.values),
     )
-    return Translation(settings, _engine_words(reading, settings), reading.notes)
+    return Translation(settings, _engine_words(reading, settings), reading.notes, frozenset(reading.switched_off))
 
 
 _UNEVEN_PIPELINE = (
@@ -161,7 +164,9 @@ def _read_engine(flag: EngineFlag, key: str, following: list[str], reading: _Rea
         if used and following[0].lower() == "false":
             for one in flag.spellings:
                 reading.engine.pop(one, None)
+            reading.switched_off.update(flag.spellings)
             return used
+        reading.switched_off.difference_update(flag.spellings)
         values = []
     else:
         values = {"1": following[:1], "3": following[:3]}.get(flag.arity, following)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from dc_megatron.data.index_waiting import build_or_wait
 from dc_megatron.errors import UserError
 from dc_megatron.runtime import device, installed, patches
+from dc_megatron.runtime.kernels import as_line, chosen_kernels, this_machine
 from dc_megatron.training import data_plan, run
 from dc_megatron.training.arguments import StepPlan, backend_argv, engine_argv
 from dc_megatron.training.fp8_band import Fp8Band
@@ -141,8 +142,11 @@ def _say_hello(checked: run.Checked, data: data_plan.Data, notes: list[str]) -> 
     print(
         f"model: {checked.language.model_type} {checked.language.num_hidden_layers} layers x"
         f" {checked.language.hidden_size}, {checked.vision.family} {checked.vision.num_hidden_layers} layers,"
-        f" {settings.mm_dense_connector_type}; trained: {', '.join(settings.trainable)}",
-        flush=True,
+        f" {settings.mm_dense_connector_type}; trained: {', '.join(settings.trainable)}"
+    )
+    dtype = "bfloat16" if settings.bf16 else "float16" if settings.fp16 else "float32"
+    print(
+        as_line(chosen_kernels(this_machine(), dtype, settings.fp8_recipe if settings.fp8_format else None)), flush=True
     )
 
 
