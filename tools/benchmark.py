@@ -122,6 +122,20 @@ def run_steps(options: argparse.Namespace) -> tuple[dict, str]:
     return result, as_text(result)
 
 
+def run_head_memory(options: argparse.Namespace) -> tuple[dict, str]:
+    from dc_megatron.benchmark.head_memory import as_text, benchmark_head_memory
+
+    result = benchmark_head_memory(options.vocabulary, options.positions, options.supervised, dtype=options.dtype)
+    return result, as_text(result)
+
+
+def add_head_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vocabulary", type=int, default=128_256, metavar="N", help="default: 128256")
+    parser.add_argument("--positions", type=int, default=8192, metavar="N", help="default: 8192")
+    parser.add_argument("--supervised", type=float, default=0.15, metavar="SHARE", help="default: 0.15")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="default: bfloat16")
+
+
 def add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", metavar="NAME,...", help="measured beside ours (default: the workload's); '' for none"
@@ -221,6 +235,7 @@ BENCHMARKS = {
     "decode": ("pictures a second, decoded and preprocessed, against transformers", add_decode, run_decode),
     "pixels": ("differences between pixels from DALI and from PIL", add_pixels, run_pixels),
     "index": ("speed and memory of the data index", add_index, run_index),
+    "head-memory": ("peak memory of the head against Megatron's", add_head_memory, run_head_memory),
     "direct-load": ("bytes that a rank reads of a Hugging Face folder", add_direct_load, run_direct_load),
 }
 

@@ -16,6 +16,7 @@ import os
 import struct
 import sys
 import zipfile
+import zlib
 
 EXAMPLE = """\
 examples:
@@ -109,7 +110,11 @@ def split(wheels: list[str], folder: str, part_bytes: int, arch: int | None = No
         name, zeroed = os.path.basename(wheel), 0
         if arch is not None:
             thinned = os.path.join(folder, name + ".thin")
-            zeroed = thin_wheel(wheel, thinned, arch)
+            try:
+                zeroed = thin_wheel(wheel, thinned, arch)
+            except (zipfile.BadZipFile, zlib.error) as error:
+                os.remove(thinned)
+                raise CarryError(f"{wheel}: damaged ({error}); download it again") from None
             wheel = thinned if zeroed else wheel
         with open(wheel, "rb") as file:
             content = file.read()
@@ -130,7 +135,7 @@ def split(wheels: list[str], folder: str, part_bytes: int, arch: int | None = No
 def join(folders: list[str], target: str) -> list[str]:
     """Put the wheels whose parts lie in ``folders`` together in ``target``; returns their paths.
 
-    CarryError: no list of parts, a part that is missing, or a wheel that is not what was split.
+    CarryError: no list of parts or a damaged one, a part that is missing, or a wheel that is not what was split.
     """
     lists = [os.path.join(folder, LIST) for folder in folders if os.path.exists(os.path.join(folder, LIST))]
     if not lists:
@@ -139,7 +144,10 @@ def join(folders: list[str], target: str) -> list[str]:
     rows = []
     for path in lists:
         with open(path, encoding="utf-8") as file:
-            rows += json.load(file)
+            try:
+                rows += json.load(file)
+            except ValueError as error:
+                raise CarryError(f"{path}: damaged ({error}); bring it again") from None
     joined = []
     for row in rows:
         content = b"".join(_read_part(folders, part) for part in row["parts"])

@@ -12,7 +12,7 @@ from dc_megatron.benchmark.work_folder import files_below
 from dc_megatron.runtime.installed import version_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-_DISTRIBUTIONS = ("torch", "megatron-core", "safetensors", "xxhash", "numpy")
+_DISTRIBUTIONS = ("torch", "megatron-core", "transformers", "transformer-engine", "safetensors", "xxhash", "numpy")
 
 
 def describe(folder: str) -> dict:

@@ -11,7 +11,7 @@ from functools import cache, cached_property
 import numpy as np
 import torch
 
-from dc_megatron.benchmark.llava_lengths import llava_lengths
+from dc_megatron.benchmark.llava_lengths import IMAGE_TOKENS, llava_lengths
 from dc_megatron.benchmark.step_workload import Workload
 from dc_megatron.config import DataConfig, DataSource, image_share, image_tiling
 from dc_megatron.data.picture import make_picture
@@ -50,8 +50,11 @@ class StepBatches:
         # Twenty rows at least: the plan fills rows from many samples.
         count = max(400, 20 * workload.rows * steps)
         self._lengths, self._tiles = llava_lengths(count, workload.stage, workload.seed)
-        if self._tiling.tile_tokens > 576:
-            raise UserError(f"workload {workload.name}: pictures of {self._tiling.tile_tokens} positions; up to 576")
+        image = self._tiling.tile_tokens
+        if image > IMAGE_TOKENS:
+            raise UserError(f"workload {workload.name}: pictures of {image} positions; up to {IMAGE_TOKENS}")
+        # The lengths are those of pictures of IMAGE_TOKENS positions.
+        self._lengths -= self._tiles * (IMAGE_TOKENS - image)
         if workload.seq_length < int(self._lengths.max()):
             raise UserError(f"workload {workload.name}: seq_length {workload.seq_length} is shorter than a sample")
 
@@ -96,8 +99,6 @@ class StepBatches:
         """One conversation: a picture where it has one, a question, and an answer that has the targets."""
         length, pictured = int(self._lengths[number]), bool(self._tiles[number])
         image = self._tiling.tile_tokens
-        # The lengths are those of pictures of 576 positions.
-        length -= (576 - image) if pictured else 0
         state = np.random.RandomState(number)
         text = length - image if pictured else length
         words = state.randint(3, self._vocabulary, size=text).astype(np.int32)

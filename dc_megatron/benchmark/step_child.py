@@ -2,7 +2,7 @@
 
 Started for each rank of each variant; reads commands from standard input, a line each, and answers with a line of JSON
 on what was its standard output (everything else that is printed goes to standard error). Commands: ``build``,
-``step N``, ``profile PATH``, ``stop``. Imports come before the first command, so that several can import at once.
+``step N``, ``profile N PATH``, ``stop``. Imports come before the first command, so that several can import at once.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def main(workload: str, variant: str, overrides: str) -> None:
     _import_everything(VARIANTS[variant])
     side = Side(read_workload(workload, json.loads(overrides)), VARIANTS[variant])
     for line in sys.stdin:
-        command, *words = line.split()
+        command, *words = line.rstrip("\n").split(" ", 2)  # a path may have blanks
         if command == "stop":
             break
         try:

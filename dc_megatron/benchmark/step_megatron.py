@@ -58,6 +58,7 @@ class MegatronStep:
         from dc_megatron.inference.assemble import build_model, global_name
         from dc_megatron.model import multimodal_model
         from dc_megatron.model.language_model import Layout, transformer_config
+        from dc_megatron.training import forward_step
         from dc_megatron.weights.language_tables import find_rule, language_table
         from dc_megatron.weights.rules import read_shard
 
@@ -65,6 +66,9 @@ class MegatronStep:
         language, vision, connector = work.language_config, work.vision_config, work.connector_config
         if variant.plain:
             multimodal_model.head = stock_head
+        if variant.whole_last_layer:
+            # Where nobody says in advance where the targets are, only the head looks for them.
+            forward_step.with_places = lambda batch: batch
         layout = Layout(
             tensor_model_parallel_size=variant.tensor_parallel,
             sequence_parallel=variant.tensor_parallel > 1,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import selectors
 import socket
 import subprocess
 import sys
@@ -60,12 +62,18 @@ class VariantProcesses:
                 process.stdin.flush()
         except BrokenPipeError:
             raise self._failure(command, "the process has ended") from None
-        answers = []
-        for process in self._processes:
-            line = process.stdout.readline()
-            answers.append(json.loads(line) if line else {"error": "the process has ended"})
-            if "error" in answers[-1]:
-                raise self._failure(command, answers[-1]["error"])
+        answers: dict[int, dict] = {}
+        with selectors.DefaultSelector() as waiting:
+            for rank, process in enumerate(self._processes):
+                waiting.register(process.stdout, selectors.EVENT_READ, rank)
+            # Whoever speaks first: a rank that has failed leaves the others waiting for it.
+            while len(answers) < len(self._processes):
+                for key, _ in waiting.select():
+                    line = key.fileobj.readline()
+                    answers[key.data] = json.loads(line) if line else {"error": "the process has ended"}
+                    if "error" in answers[key.data]:
+                        raise self._failure(command, answers[key.data]["error"])
+                    waiting.unregister(key.fileobj)
         return answers[0]
 
     def _failure(self, command: str, error: str) -> UserError:
@@ -76,10 +84,12 @@ class VariantProcesses:
     def stop(self) -> None:
         """End the processes; their memory is free when this returns."""
         for process in self._processes:
-            process.stdin.close()
+            # One that has ended takes no more of what ``ask`` could not send.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
         for process in self._processes:
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -25,9 +25,11 @@ def as_text(result: dict) -> str:
     """Tables of the variants and of the time's parts, and the ratios."""
     work, ceiling = result["workload"], result["matmul_flops_per_second"]
     where = (result["gpu"] or {}).get("name") or result["machine"]["processor"]
+    # An interrupted run may have ended before it was measured.
+    reaches = f"reaches {ceiling / 1e12:.4g} TFLOP/s" if ceiling else "was not measured"
     lines = [
         f"{work['name']} on {where}: {work['rows']} rows of {work['seq_length']} a step, {work['dtype']};"
-        f" a large matrix product reaches {ceiling / 1e12:.4g} TFLOP/s",
+        f" a large matrix product {reaches}",
         "",
         f"{'':20}{'samples/s':>11}{'tokens/s':>11}{'targets/s':>11}{'TFLOP/s':>10}{'of matmul':>10}{'s/step':>9}"
         f"{'peak GB':>9}{'fill':>7}  first loss",

@@ -26,6 +26,7 @@ class Variant:
     plain: bool = False
     recompute: bool = False
     transformer_engine: bool = True
+    whole_last_layer: bool = False
 
     @property
     def packed(self) -> bool:
@@ -37,6 +38,7 @@ _ALL = (
     Variant("ours-tp2", "the same over two processes", tensor_parallel=2),
     Variant("ours-stage1", "the same, the connector alone learns", trainable=("connector",)),
     Variant("ours-stage2", "the same, connector and language model learn", trainable=("connector", "llm")),
+    Variant("ours-whole-last-layer", "the same, the last layer at all positions", whole_last_layer=True),
     Variant("ours-torch", "the same without Transformer Engine", transformer_engine=False),
     Variant("ours-fp8", "the same in FP8, delayed scaling", fp8_recipe="delayed"),
     Variant("ours-fp8-tensorwise", "the same in FP8, current scaling", fp8_recipe="tensorwise"),

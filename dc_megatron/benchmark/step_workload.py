@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, fields
 
+from dc_megatron.benchmark.llava_lengths import STAGES
 from dc_megatron.benchmark.machine import ROOT
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, nearest
 from dc_megatron.errors import UserError
@@ -85,8 +86,10 @@ def read_workload(name: str, overrides: dict | None = None) -> Workload:
         except ValueError as error:
             raise UserError(f"{path}: no JSON: {error}") from None
     for key, value in (overrides or {}).items():
-        part, _, inner = key.partition(".")
-        values[part] = {**values[part], inner: value} if inner and isinstance(values.get(part), dict) else value
+        part, dot, inner = key.partition(".")
+        if dot and not isinstance(values.get(part), dict):
+            raise UserError(f"--set {key}: {part} has no values inside; language and vision have")
+        values[part] = {**values[part], inner: value} if dot else value
     values["name"] = name
     known = {field.name: field for field in fields(Workload)}
     for key in values:
@@ -105,6 +108,8 @@ def _check(workload: Workload, path: str) -> None:
     for key in sizes:
         if not isinstance(getattr(workload, key), int) or getattr(workload, key) < 1:
             raise UserError(f"{path}: {key} is {getattr(workload, key)!r}; it must be a whole number above 0")
+    if workload.stage not in STAGES:
+        raise UserError(f"{path}: stage {workload.stage!r}; use one of {', '.join(map(str, STAGES))}")
     if workload.dtype not in DTYPES:
         raise UserError(
             f"{path}: dtype '{workload.dtype}'{nearest(workload.dtype, DTYPES)}; one of {', '.join(DTYPES)}"

@@ -15,8 +15,8 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, divisor:
 def check_parallel_layout(language: LanguageConfig, tensor: int, pipeline: int, uneven_split: bool = False) -> None:
     """Refuse tensor and pipeline sizes that do not divide the model, naming those that do.
 
-    tensor and pipeline are world sizes of the two groups; ``uneven_split`` says that the user gave the engine an
-    explicit division of layers.
+    tensor and pipeline are world sizes of the two groups; ``uneven_split`` says that the engine is given an explicit
+    division of layers.
     """
     sizes = {
         "attention heads": language.num_attention_heads,
@@ -35,6 +35,6 @@ def check_parallel_layout(language: LanguageConfig, tensor: int, pipeline: int, 
         divisors = [p for p in range(1, layers + 1) if layers % p == 0]
         raise UserError(
             f"--pipeline-model-parallel-size {pipeline}: does not divide {layers} layers; values that do:"
-            f" {', '.join(map(str, divisors))}; or give --decoder-first-pipeline-num-layers /"
+            f" {', '.join(map(str, divisors))}; or give --pipeline-split auto, --decoder-first-pipeline-num-layers /"
             " --decoder-last-pipeline-num-layers or --pipeline-model-parallel-layout"
         )

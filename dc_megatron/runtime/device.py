@@ -36,6 +36,11 @@ def compute_capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if has_cuda() else None
 
 
+def memory_bytes() -> int | None:
+    """All memory of this process's GPU, used or not, or None without one."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if has_cuda() else None
+
+
 def choose_gpu(local_rank: int) -> None:
     """Make this process's GPU the current one, before anything asks for ``device()``. Nothing to do on a CPU."""
     if has_cuda():

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from dc_megatron.runtime import cpu_device, device, installed, noise
 from dc_megatron.runtime.adam import GroupStepAdam
+from dc_megatron.runtime.fp8_states import TE_LAYERS, reading_by_name
 from dc_megatron.runtime.gradient_scaling import by_a_number
 from dc_megatron.runtime.listed_classes import with_listed_classes
 from dc_megatron.runtime.rotary import rotating_whole_rows
@@ -291,6 +292,17 @@ def _load_weights_only() -> None:
     importlib.import_module("megatron.core.safe_globals").register_safe_globals()
 
 
+def _read_fp8_states_by_name() -> None:
+    """Transformer Engine's layers execute nothing that a checkpoint's FP8 state holds. No rows: it may be missing."""
+    if TE_LAYERS in _applied or not installed.usable_transformer_engine():
+        return
+    _applied.add(TE_LAYERS)
+    layers = importlib.import_module(TE_LAYERS)
+    for name, replacement in reading_by_name(layers).items():
+        _originals.append((layers, name, getattr(layers, name)))
+        setattr(layers, name, replacement)
+
+
 def apply(training: bool = False) -> list[str]:
     """Install the rows whose condition holds; with ``training`` those of megatron.training as well.
 
@@ -301,6 +313,7 @@ def apply(training: bool = False) -> list[str]:
     noise.leave_out_expected()
     _hide_unusable()
     _load_weights_only()
+    _read_fp8_states_by_name()
     for row in CORE_ROWS + (TRAINING_ROWS if training else []):
         if row.target in _applied or not CONDITIONS[row.condition]():
             continue

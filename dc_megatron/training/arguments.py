@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dc_megatron.config import LanguageConfig, check_parallel_layout
@@ -209,7 +210,7 @@ def megatron_shape_argv(
         settings.uneven_pipeline,
     )
     rows = _shape(language, seq_length)
-    for name, values in _typed_options(typed).items():
+    for name, values in typed_options(typed).items():
         if name in rows and name not in _LARGER_IS_FINE and not _same(values, rows[name]):
             raise UserError(
                 f"{' '.join([name, *values])} contradicts config.json of {language.path or 'the model'}, which says"
@@ -251,7 +252,8 @@ _OTHER_SHAPES = (
 )
 
 
-def _typed_options(words: list[str]) -> dict[str, list[str]]:
+def typed_options(words: Iterable[str]) -> dict[str, list[str]]:
+    """Megatron's words as option -> its values."""
     options: dict[str, list[str]] = {}
     name = ""
     for word in words:

@@ -17,6 +17,7 @@ from dc_megatron.errors import UserError
 from dc_megatron.training.engine_flags import EngineFlag, check_engine_flag, engine_flags, spelling_of
 from dc_megatron.training.flag_table import AVAILABLE, FLAGS, NO_MEANING, NOT_YET, Flag, flags_by_key
 from dc_megatron.training.fp8_flags import fp8_words, refuse_impossible_fp8
+from dc_megatron.training.layout_flags import UNEVEN_PIPELINE, recompute_argv, refuse_contradicted_layout
 from dc_megatron.training.settings import RunSettings
 
 REQUIRED_FOR_TRAINING = ("model_name_or_path", "vision_tower", "data_path", "version")
@@ -66,19 +67,10 @@ def translate(argv: list[str], required: tuple[str, ...] = ()) -> Translation:
     _refuse_contradictions(reading, values)
     settings = RunSettings(
         **values,
-        uneven_pipeline=any(name in reading.engine for name in _UNEVEN_PIPELINE),
+        uneven_pipeline=values["pipeline_split"] == "auto" or any(name in reading.engine for name in UNEVEN_PIPELINE),
         given=tuple(reading.values),
     )
     return Translation(settings, _engine_words(reading, settings), reading.notes, frozenset(reading.switched_off))
-
-
-_UNEVEN_PIPELINE = (
-    "--decoder-first-pipeline-num-layers",
-    "--decoder-last-pipeline-num-layers",
-    "--pipeline-model-parallel-layout",
-    "--account-for-embedding-in-pipeline-split",
-    "--account-for-loss-in-pipeline-split",
-)
 
 
 def _hint(name: str) -> str:
@@ -224,6 +216,7 @@ def _refuse_contradictions(reading: _Reading, values: dict) -> None:
     _settle_packing(reading, values)
     _refuse_decoding(values)
     refuse_impossible_fp8(values, set(reading.values))
+    refuse_contradicted_layout(values, set(reading.values), reading.engine)
     if values["min_lr"] > values["learning_rate"]:
         raise UserError(f"--min-lr {values['min_lr']}: above --learning_rate {values['learning_rate']}")
     for name in _POSITIVE:
@@ -302,11 +295,7 @@ def _engine_words(reading: _Reading, settings: RunSettings) -> list[str]:
     words += fp8_words(settings, reading.engine)
     if settings.loss_reduction == "token":
         words.append("--calculate-per-token-loss")
-    if settings.gradient_checkpointing:
-        if any(name.startswith("--recompute-") for name in reading.engine):
-            reading.notes.append("--gradient_checkpointing True gives way to the --recompute-... flags")
-        else:
-            words += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    words += recompute_argv(settings, reading.engine, reading.notes)
     tensorboard = settings.logging_dir or (settings.output_dir and f"{settings.output_dir.rstrip('/')}/tensorboard")
     if settings.report_to == "tensorboard" and tensorboard:
         words += ["--tensorboard-dir", tensorboard]

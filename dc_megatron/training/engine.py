@@ -10,7 +10,7 @@ from dc_megatron.data.index_waiting import build_or_wait
 from dc_megatron.errors import UserError
 from dc_megatron.runtime import device, installed, patches
 from dc_megatron.runtime.kernels import as_line, chosen_kernels, this_machine
-from dc_megatron.training import data_plan, run
+from dc_megatron.training import auto_choices, data_plan, run
 from dc_megatron.training.arguments import StepPlan, backend_argv, engine_argv
 from dc_megatron.training.fp8_band import Fp8Band
 from dc_megatron.training.fp8_flags import refuse_unsupported_fp8
@@ -37,6 +37,7 @@ def train(checked: run.Checked) -> None:
         # First: of a damaged file it is the name that helps, not what could not be made of its content.
         refuse_damaged_files(checked.start, rank, world_size)
     notes = _check_weights(checked)
+    auto_choices.refuse_impossible_auto(checked.settings, checked.language, checked.translation.megatron_argv)
     refuse_unsupported_fp8(checked.settings, installed.transformer_engine_error(), device.compute_capability())
     if checked.settings.image_decode_device == "gpu" and not device.has_cuda():
         raise UserError("--image-decode-device gpu: there is no GPU here; leave it out")
@@ -45,9 +46,10 @@ def train(checked: run.Checked) -> None:
     data = data_plan.open_data(
         checked, config, build_or_wait(config, folder, local_rank, progress=_progress(local_rank)), folder, world_size
     )
-    words = _engine_words(checked, data.steps)
+    chosen = auto_choices.choose(checked, data, device.memory_bytes())
+    words = _engine_words(checked, data.steps, chosen)
     if rank == 0:
-        _say_hello(checked, data, notes)
+        _say_hello(checked, data, [*notes, *chosen.notes])
     patches.apply(training=True)
     args = _parse(words, checked)
     _pretrain(checked, args, data, words)
@@ -100,12 +102,12 @@ def _notes_on_newline(checked: run.Checked) -> list[str]:
     return [] if there else [f"{projector or start.tree} has no image_newline, which anyres trains: it starts anew"]
 
 
-def _engine_words(checked: run.Checked, steps: StepPlan) -> list[str]:
+def _engine_words(checked: run.Checked, steps: StepPlan, chosen: auto_choices.Chosen) -> list[str]:
     backend = backend_argv(device.has_cuda(), installed.usable_transformer_engine(), installed.usable_apex())
     translation = checked.translation
     words = engine_argv(translation, checked.language, steps, backend)
     # The engine's own words come last in that list; the start decides which checkpoint they name.
-    return words[: len(words) - len(translation.megatron_argv)] + checked.start.words
+    return words[: len(words) - len(translation.megatron_argv)] + chosen.applied(checked.start.words)
 
 
 def _progress(local_rank: int):

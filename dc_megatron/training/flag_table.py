@@ -209,6 +209,15 @@ _TRAINING = (
         choices=("token", "microbatch"),
     ),
     Flag("gradient_checkpointing", bool, False, "recompute every layer's activations in the backward pass", TRAINING),
+    Flag(
+        "recompute",
+        str,
+        "none",
+        "activations computed again in the backward pass: those of the MLPs (selective), all (full, as"
+        " --gradient_checkpointing True), or as few as let the run fit into the GPU by an estimate (auto)",
+        TRAINING,
+        choices=("none", "selective", "full", "auto"),
+    ),
     Flag("bf16", bool, False, "compute in bfloat16", TRAINING, engine="--bf16", handed_on=True),
     Flag("fp16", bool, False, "compute in float16 with loss scaling", TRAINING, engine="--fp16", handed_on=True),
     Flag(
@@ -333,6 +342,15 @@ _PARALLEL = (
         PARALLEL,
         engine="--pipeline-model-parallel-size",
         handed_on=True,
+    ),
+    Flag(
+        "pipeline-split",
+        str,
+        "even",
+        "layers of the pipeline stages: as many each, or so that the slowest stage, tower and head included, is as fast"
+        " as can be (auto)",
+        PARALLEL,
+        choices=("even", "auto"),
     ),
     Flag(
         "sequence-parallel",

@@ -7,6 +7,7 @@ within one percent of bf16. What is further away is reported by name.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 
@@ -27,9 +28,27 @@ def without_fp8(config) -> Iterator[None]:
         config.fp8 = kept
 
 
+@contextlib.contextmanager
+def _casts_untouched(model) -> Iterator[None]:
+    """Layers that cast their weight in the first pass of a step wait for the pass after this one.
+
+    Each takes whatever pass comes first for it. A pass in bf16 casts nothing, and the real one would go on with the
+    weights of the step before.
+    """
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    kept = [(layer, layer.is_first_microbatch) for layer in modules if hasattr(layer, "is_first_microbatch")]
+    try:
+        yield
+    finally:
+        for layer, first in kept:
+            layer.is_first_microbatch = first
+
+
 def verdict(fp8_loss: float, bf16_loss: float, iteration: int, recipe: str) -> tuple[float, str | None]:
-    """(relative difference, a warning where it is outside BAND or not a number)."""
+    """(relative difference, infinite where a loss is not a number; a warning where it is outside BAND)."""
     difference = abs(fp8_loss - bf16_loss) / max(abs(bf16_loss), 1e-6)
+    if math.isnan(difference):
+        difference = math.inf  # nothing is larger than it, and nan would be lost among others
     if difference <= BAND:
         return difference, None
     others = [name for name in ("tensorwise", "blockwise") if name != recipe]
@@ -60,7 +79,7 @@ class Fp8Band:
         self._count += 1
         if place or (self._first + step) % self._interval:
             return None
-        with torch.no_grad(), without_fp8(config):
+        with torch.no_grad(), without_fp8(config), _casts_untouched(model):
             losses = model(batch)
             return losses.mean() if losses.numel() else None
 

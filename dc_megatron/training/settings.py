@@ -49,6 +49,7 @@ class RunSettings:
     micro_batch_size: int | None
     loss_reduction: str
     gradient_checkpointing: bool
+    recompute: str
     bf16: bool
     fp16: bool
     fp8_format: str | None
@@ -75,8 +76,9 @@ class RunSettings:
     log_images: int
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
+    pipeline_split: str
     sequence_parallel: bool
-    # The user divides the layers over the pipeline stages himself.
+    # The layers need not divide evenly: the user, or --pipeline-split auto, says how they do.
     uneven_pipeline: bool
     # Names (fields of this class) of the flags that were on the command line.
     given: tuple[str, ...]

@@ -14,6 +14,9 @@ pytestmark = pytest.mark.gpu
 # Largest difference of the loss (relative) and of a gradient (||a - b|| / ||b||). fp32 sums in another order; bf16
 # keeps 8 bits of mantissa, and its gradients on the CPU are up to 2.3e-2 from those in fp32 (measured): twice that.
 TOLERANCES = {"float32": (1e-5, 1e-4), "bfloat16": (1e-3, 5e-2)}
+# Transformer Engine multiplies fp32 matrices in TF32, whose factors have 10 bits of mantissa: from Ampere on, whatever
+# torch is told. The loss was 2.9e-5 off on an H200. The bound for gradients was not measured: five roundings of 2^-10.
+OWN_TOLERANCES = {("float32", "transformer_engine"): (1e-4, 5e-3)}
 _ROOT = Path(__file__).parents[2]
 
 
@@ -55,7 +58,7 @@ def test_loss_and_gradients_on_cuda_equal_those_on_the_cpu(folders, tmp_path, dt
         pytest.skip("Transformer Engine's PyTorch part is not installed")
     expected = one_step(folders, "cpu", dtype, "local", tmp_path / "cpu.pt")
     ours = one_step(folders, "cuda", dtype, implementation, tmp_path / "cuda.pt")
-    loss_tolerance, gradient_tolerance = TOLERANCES[dtype]
+    loss_tolerance, gradient_tolerance = OWN_TOLERANCES.get((dtype, implementation), TOLERANCES[dtype])
     assert abs(ours["loss"] - expected["loss"]) <= loss_tolerance * expected["loss"]
     assert set(ours["gradients"]) == set(expected["gradients"])
     for name, gradient in expected["gradients"].items():

@@ -16,8 +16,12 @@ from tests.helpers.workspace import make_workspace, training_flags
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 FP8 = {"fp8_format": "hybrid", "fp8_check_interval": 2}
-# Losses of a few dozen targets in FP8, relative to bf16's after the same steps.
-TOLERANCE = 0.05
+# Losses of a few dozen targets in FP8, relative to bf16's after the same steps: a run on the CPU that emulates FP8's
+# numbers is up to 3.3 % away, one that goes on with the weights of the step before 22 %.
+TOLERANCE = 0.1
+# Between two runs of the same: gradients with noise of 2^-9 led up to 1.4 % away there; without noise, a resumed run's
+# losses were the same.
+REPEATED = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,7 @@ def test_fp8_learns_as_bf16_resumes_and_exports(workspace, tmp_path):
     assert any(line.get("fp8_loss_difference") is not None for line in whole)
     for again, once in zip(in_two, whole, strict=True):
         # The history of scales comes back with the checkpoint; kernels may add in another order.
-        assert abs(again["loss"] - once["loss"]) <= 0.01 * once["loss"]
+        assert abs(again["loss"] - once["loss"]) <= REPEATED * once["loss"]
     export = tmp_path / "export"
     words = ["export", "--load", str(tmp_path / "two"), "--format", "hf-llava", "--save", str(export)]
     done = subprocess.run([sys.executable, "tools/convert.py", *words], cwd=ROOT, capture_output=True, text=True)

@@ -33,4 +33,6 @@ class Job:
     loss_reduction: str = "token"
     connector_state: dict = field(default_factory=dict)
     fault: str | None = None
+    # In place of the head's own limit.
+    chunk_bytes: int | None = None
     tiling: ImageTiling | None = None

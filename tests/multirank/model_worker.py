@@ -29,6 +29,10 @@ def _attention() -> TorchCoreAttention:
     return TorchCoreAttention(transformer_config(LLAMA, Layout()), 1, None, None).eval()
 
 
+def _bounds(bounds: torch.Tensor) -> SimpleNamespace:
+    return SimpleNamespace(cu_seqlens_q=bounds, max_seqlen_q=int(bounds.diff().max()))
+
+
 def _eager(query, key, value, scale: float) -> torch.Tensor:
     """Causal softmax attention as the formula: [s, heads, d] and [s, groups, d] -> [s, heads * d]."""
     length, heads, groups = query.shape[0], query.shape[1], key.shape[1]
@@ -53,7 +57,7 @@ def attention(groups: int, lengths: list[int]) -> dict[str, float]:
     expected = torch.stack([_eager(*(x[:, row] for x in batch), HEAD_SIZE**-0.5) for row in range(2)], dim=1)
     row = [torch.randn(sum(lengths), *shape, generator=generator) for shape in shapes]
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    packed = module(*row, attention_mask=None, packed_seq_params=SimpleNamespace(cu_seqlens_q=bounds))
+    packed = module(*row, attention_mask=None, packed_seq_params=_bounds(bounds))
     stretches = [[x[a:b] for x in row] for a, b in itertools.pairwise(bounds)]
     apart = torch.cat([_eager(*stretch, HEAD_SIZE**-0.5) for stretch in stretches])
     return {
@@ -68,7 +72,7 @@ def refused_attention_inputs() -> dict[str, str]:
     parallel.start()
     module = _attention()
     row = [torch.zeros(4, HEADS, HEAD_SIZE)] * 3
-    short = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 3]))
+    short = _bounds(torch.tensor([0, 3]))
     calls = {
         "a mask": lambda: module(*row, attention_mask=torch.zeros(1)),
         "a bias": lambda: module(*row, attention_mask=None, attention_bias=torch.zeros(1)),

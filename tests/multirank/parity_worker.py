@@ -134,7 +134,10 @@ def train(job: Job) -> dict:
 
     from dc_megatron.model import loss_head
 
-    untouched = dict(vars(loss_head))
+    untouched, chunked = dict(vars(loss_head)), []
+    if job.chunk_bytes is not None:
+        loss_head.CHUNK_BYTES = job.chunk_bytes
+    loss_head.chunked_loss = lambda rows, *others: chunked.append(len(rows)) or untouched["chunked_loss"](rows, *others)
     parallel.start(job.tensor, job.pipeline, job.virtual)
     try:
         config, models = build(job)
@@ -209,6 +212,7 @@ def train(job: Job) -> dict:
             "data_rank": data_rank,
             "losses": losses,
             "grad_norms": norms,
+            "chunked_rows": chunked,
             "gradients": gradients,
             "parameters": _named_tensors(models, lambda p: p),
         }

@@ -52,7 +52,11 @@ def test_every_row_has_a_target_a_condition_and_a_reason(workers):
 
 def test_applying_twice_changes_nothing_and_undo_restores_every_original(workers):
     (report,) = workers.run(f"{WORKER}:apply_and_undo", 1)
-    assert sorted(report["applied"]) == sorted(report["targets"]), "this machine meets every condition"
+    (rows,) = workers.run(f"{WORKER}:table", 1)
+    # A CPU meets every condition but those of a GPU.
+    expected = [row["target"] for row in rows if row["condition"] not in ("cuda", "te_without_apex")]
+    assert sorted(report["applied"]) == sorted(expected)
+    assert len(report["targets"]) > len(expected)
     assert report["applied the second time"] == report["applied"]
     assert (report["not replaced"], report["replaced twice"], report["left behind"]) == ([], [], [])
 
@@ -60,7 +64,12 @@ def test_applying_twice_changes_nothing_and_undo_restores_every_original(workers
 @pytest.mark.parametrize("transformer_engine", [True, False])
 def test_a_gpu_gets_only_the_rows_that_a_gpu_needs(workers, transformer_engine):
     """The same table where there is CUDA, with and without Transformer Engine."""
-    holds = {"no_cuda": False, "no_te_and_no_apex": not transformer_engine}
+    holds = {
+        "no_cuda": False,
+        "cuda": True,
+        "no_te_and_no_apex": not transformer_engine,
+        "te_without_apex": transformer_engine,
+    }
     (got,) = workers.run(f"{WORKER}:applied_under", 1, **holds)
     (rows,) = workers.run(f"{WORKER}:table", 1)
     expected = {row["target"] for row in rows if holds.get(row["condition"], True)}
@@ -70,6 +79,8 @@ def test_a_gpu_gets_only_the_rows_that_a_gpu_needs(workers, transformer_engine):
     of_torch = [target for target in got["whole"] if target.startswith("torch")]
     assert of_torch == ["torch.distributed.checkpoint.filesystem:pickle"]
     assert ("megatron.core.optimizer:Adam" in got["core"]) is not transformer_engine
+    assert ("megatron.core.tensor_parallel.layers:_grad_accum_fusion_available" in got["core"]) is transformer_engine
+    assert "megatron.core.distributed.param_and_grad_buffer:_ParamAndGradBuffer.scale_gradients" in got["core"]
     assert "megatron.training.initialize:_compile_dependencies" in got["whole"]
 
 
