@@ -148,6 +148,7 @@ class _Side:
             "steps": len(self._steps),
             "seconds_per_step": seconds / len(self._steps),
             "step_seconds": [step["seconds"] for step in self._steps],
+            "tower_seconds": [step["sections"].get("tower", 0.0) for step in self._steps],
             "samples_per_second": total["samples"] / seconds,
             "tokens_per_second": total["tokens"] / seconds,
             "supervised_tokens_per_second": total["supervised_tokens"] / seconds,
@@ -200,10 +201,11 @@ def compared(done: dict[str, dict]) -> dict:
         if name == "ours" or "error" in other:
             continue
         # The slow baselines may have had fewer steps.
-        pairs = zip(other["step_seconds"], ours["step_seconds"], strict=False)
+        pairs = list(zip(other["step_seconds"], ours["step_seconds"], strict=False))
         same_samples = other["trainable"] == ours["trainable"] and name.startswith(("hf", "megatron"))
         rows[name] = {
             "samples_per_second": ours["samples_per_second"] / other["samples_per_second"],
+            "median_of_steps": statistics.median(theirs / mine for theirs, mine in pairs),
             "of_each_step": [theirs / mine for theirs, mine in pairs],
             "tokens_per_second": ours["tokens_per_second"] / other["tokens_per_second"],
             "first_loss_difference": abs(ours["first_loss"] - other["first_loss"]) if same_samples else None,
@@ -220,10 +222,10 @@ def _bars(done: dict[str, dict]) -> dict:
     ours, bars = done["ours"], {}
     text = done.get("text-only", {})
     if "tokens_per_second" in text:
-        tokens = ours["tokens_per_second"] * ours["seconds_per_step"]
-        tower = ours["share_of_time"].get("tower", 0.0) * ours["seconds_per_step"]
-        bars["without_tower_over_text_only_per_token"] = (
-            (ours["seconds_per_step"] - tower) / tokens * text["tokens_per_second"]
+        # Step by step, and the median of them: a machine's hiccup is in one.
+        pairs = list(zip(ours["step_seconds"], ours["tower_seconds"], text["step_seconds"], strict=True))
+        bars["without_tower_over_text_only_per_token"] = statistics.median(
+            (seconds - tower) / theirs * text["fill"] / ours["fill"] for seconds, tower, theirs in pairs
         )
         bars["tokens_per_second_over_text_only"] = ours["tokens_per_second"] / text["tokens_per_second"]
     frozen = done.get("ours-stage1", {})

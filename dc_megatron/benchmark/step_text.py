@@ -31,15 +31,15 @@ def as_text(result: dict) -> str:
         f"{work['name']} on {where}: {work['rows']} rows of {work['seq_length']} a step, {work['dtype']};"
         f" a large matrix product {reaches}",
         "",
-        f"{'':20}{'samples/s':>11}{'tokens/s':>11}{'targets/s':>11}{'TFLOP/s':>10}{'of matmul':>10}{'s/step':>9}"
+        f"{'':24}{'samples/s':>11}{'tokens/s':>11}{'targets/s':>11}{'TFLOP/s':>10}{'of matmul':>10}{'s/step':>9}"
         f"{'peak GB':>9}{'fill':>7}  first loss",
     ]
     for name, of in result["variants"].items():
         if "error" in of:
-            lines.append(f"{name:20}failed: {of['error'].splitlines()[0]}")
+            lines.append(f"{name:24}failed: {of['error'].splitlines()[0]}")
             continue
         lines.append(
-            f"{name:20}{of['samples_per_second']:11.3f}{of['tokens_per_second']:11.0f}"
+            f"{name:24}{of['samples_per_second']:11.3f}{of['tokens_per_second']:11.0f}"
             f"{of['supervised_tokens_per_second']:11.0f}{of['flops_per_second'] / 1e12:10.4g}"
             f"{100 * of['share_of_matmul']:9.1f}%{of['seconds_per_step']:9.3f}{of['peak_memory_gb']:9.2f}"
             f"{100 * of['fill']:6.1f}%  {of['first_loss']:.5f}"
@@ -48,16 +48,16 @@ def as_text(result: dict) -> str:
     for name, of in result["variants"].items():
         if "error" not in of:
             parts = sorted(of["share_of_time"].items(), key=lambda part: -part[1])
-            lines.append(f"  {name:20}" + ", ".join(f"{part} {100 * share:.1f} %" for part, share in parts))
+            lines.append(f"  {name:24}" + ", ".join(f"{part} {100 * share:.1f} %" for part, share in parts))
     lines += ["", "Ours over ..."]
     for name, of in result["compared"].items():
         if isinstance(of, dict) and "of_each_step" in of:
             each = " ".join(f"{ratio:.2f}" for ratio in of["of_each_step"])
             difference = of["first_loss_difference"]
             shown = "" if difference is None else f"; first losses differ by {difference:.1e}"
-            lines.append(f"  {name:20}{of['samples_per_second']:.2f} times the samples a second (steps: {each}){shown}")
+            lines.append(f"  {name:24}{of['samples_per_second']:.2f} times the samples a second (steps: {each}){shown}")
             if "samples_per_second_over_hf" in of:
-                lines.append(f"  {name:20}itself {of['samples_per_second_over_hf']:.2f} times hf's samples a second")
+                lines.append(f"  {name:24}itself {of['samples_per_second_over_hf']:.2f} times hf's samples a second")
         elif isinstance(of, dict):
             lines.append(
                 f"  a step of stage 1 takes {of['measured']:.3f} of one of stage 2; operations predict"

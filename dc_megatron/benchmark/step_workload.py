@@ -87,9 +87,9 @@ def read_workload(name: str, overrides: dict | None = None) -> Workload:
             raise UserError(f"{path}: no JSON: {error}") from None
     for key, value in (overrides or {}).items():
         part, dot, inner = key.partition(".")
-        if dot and not isinstance(values.get(part), dict):
+        if dot and part in values and not isinstance(values[part], dict):
             raise UserError(f"--set {key}: {part} has no values inside; language and vision have")
-        values[part] = {**values[part], inner: value} if dot else value
+        values[part] = {**values.get(part, {}), inner: value} if dot else value
     values["name"] = name
     known = {field.name: field for field in fields(Workload)}
     for key in values:

@@ -59,9 +59,8 @@ class PaddedModel(nn.Module):
                 features = dense_features(states, self.vision, self.connector_config)
             placed = self.connector(features).flatten(0, 1)[batch["image_feature_index"]]
             embeddings = embeddings.masked_scatter(batch["image_mask"][..., None], placed)
-        output = self.language_model(
-            inputs_embeds=embeddings, position_ids=batch["position_ids"], attention_mask=None, use_cache=False
-        )
+        # No position_ids either: the padding's begin at 0 again, which transformers takes for a packed row and masks.
+        output = self.language_model(inputs_embeds=embeddings, attention_mask=None, use_cache=False)
         return F.cross_entropy(
             output.logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
         )

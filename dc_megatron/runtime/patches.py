@@ -294,9 +294,8 @@ def _load_weights_only() -> None:
 
 def _read_fp8_states_by_name() -> None:
     """Transformer Engine's layers execute nothing that a checkpoint's FP8 state holds. No rows: it may be missing."""
-    if TE_LAYERS in _applied or not installed.usable_transformer_engine():
+    if not installed.usable_transformer_engine():
         return
-    _applied.add(TE_LAYERS)
     layers = importlib.import_module(TE_LAYERS)
     for name, replacement in reading_by_name(layers).items():
         _originals.append((layers, name, getattr(layers, name)))

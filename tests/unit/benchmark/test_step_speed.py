@@ -153,7 +153,7 @@ def test_one_that_fails_is_reported_and_the_others_go_on(stage, coexist, command
     assert result["variants"]["ours"]["steps"] == 4
     assert "hf" in result["compared"]
     assert stage.running == set()
-    assert "ours-stage1         failed: " in as_text(result)
+    assert "ours-stage1             failed: " in as_text(result)
 
 
 def test_without_ours_nothing_is_compared(stage):
@@ -223,6 +223,8 @@ def done(
     total, steps = sum(seconds), len(seconds)
     return {
         "step_seconds": seconds,
+        "tower_seconds": [0.0] * steps,
+        "fill": 1.0,
         "seconds_per_step": total / steps,
         "samples_per_second": 10 * steps / total,
         "tokens_per_second": tokens * steps / total,
@@ -237,6 +239,7 @@ def test_ratios_are_step_by_step():
     rows = compared({"ours": done([1.0, 2.0]), "hf": done([4.0, 4.0], loss=10.25)})
     assert rows["hf"] == {
         "samples_per_second": pytest.approx(8 / 3),
+        "median_of_steps": 3.0,
         "of_each_step": [4.0, 2.0],
         "tokens_per_second": pytest.approx(8 / 3),
         "first_loss_difference": 0.25,
@@ -265,11 +268,11 @@ def test_the_two_processes_are_compared_with_hf_as_well():
 
 
 def test_the_step_without_its_tower_against_text_alone():
-    ours = done([2.0], share_of_time={"tower": 0.25})
-    bars = compared({"ours": ours, "text-only": done([1.5], tokens=150.0)})
-    # 1.5 of 2 s for 100 positions, and 1 s for 100 of text alone.
-    assert bars["without_tower_over_text_only_per_token"] == pytest.approx(1.5)
-    assert bars["tokens_per_second_over_text_only"] == pytest.approx(0.5)
+    ours = done([2.0, 9.0, 2.0], tower_seconds=[0.5, 0.5, 0.5])
+    bars = compared({"ours": ours, "text-only": done([1.0, 1.0, 1.0], fill=0.9)})
+    # 1.5 of 2 s for full rows, and 1 s for rows of text alone that are nine tenths full; one slow step counts as one.
+    assert bars["without_tower_over_text_only_per_token"] == pytest.approx(1.5 * 0.9)
+    assert bars["tokens_per_second_over_text_only"] == pytest.approx(3 / 13)
 
 
 def test_a_step_of_stage_1_against_its_operations():

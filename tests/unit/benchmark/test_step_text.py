@@ -62,9 +62,9 @@ def test_a_result_in_words():
     assert lines[2].index("samples/s") + len("samples/s") == ours.index("12.500") + len("12.500")
     assert lines[2].index("fill") + len("fill") == ours.index("99.0%") + len("99.0%")
     text = "\n".join(lines)
-    assert "ours                language_model_and_rest 85.0 %, head 10.0 %, tower 5.0 %" in text
+    assert "ours                    language_model_and_rest 85.0 %, head 10.0 %, tower 5.0 %" in text
     assert "0.62 times the samples a second (steps: 0.50 0.75); first losses differ by 1.5e-06" in text
-    assert "ours-tp2            itself 1.75 times hf's samples a second" in text
+    assert "ours-tp2                itself 1.75 times hf's samples a second" in text
     assert "0.90 times the samples a second (steps: 0.90)\n" in text
     assert "without tower over text only per token: 1.010" in text
     assert "takes 0.770 of one of stage 2; operations predict 0.700 (+10.0 %)" in text
@@ -72,14 +72,14 @@ def test_a_result_in_words():
 
 def test_a_variant_that_failed_is_one_line():
     text = as_text(RESULT)
-    assert "hf                  failed: hf, build: MemoryError: no more\n" in text
+    assert "hf                      failed: hf, build: MemoryError: no more\n" in text
     assert "much more" not in text
 
 
 def test_nothing_but_failures():
     result = copy.deepcopy(RESULT) | {"compared": {}}
     result["variants"] = {"ours": {"what": "w", "error": "no step was measured"}}
-    assert "ours                failed: no step was measured" in as_text(result)
+    assert "ours                    failed: no step was measured" in as_text(result)
 
 
 def test_a_run_that_was_interrupted_before_the_ceiling_was_measured():
