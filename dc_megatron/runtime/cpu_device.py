@@ -75,6 +75,11 @@ def cuda_type_names(function):
     return wrapped
 
 
+def uncompiled(function=None, **settings):
+    """``torch.compile`` that leaves the function as it is, as a call or as a decorator with settings."""
+    return function if function is not None else lambda later: later
+
+
 def nothing(*args, **kwargs):
     """A call that has no effect on a CPU."""
 
