@@ -17,7 +17,7 @@ from torch import Tensor
 from dc_megatron.config import LayerTable, image_share
 from dc_megatron.model.dense_connector import DenseConnector, join_features
 from dc_megatron.model.frozen_casts import keep_frozen_casts
-from dc_megatron.model.last_layer import ask_for_rows, wanted_rows
+from dc_megatron.model.last_layer import LastLayer, ask_for_rows, wanted_rows
 from dc_megatron.model.loss_head import HeadRequest, head
 from dc_megatron.model.vision_tower import FrozenVisionTower
 
@@ -70,6 +70,9 @@ class DenseConnectorModel(MegatronModule):
         self.pg_collection = language_model.pg_collection
         self.model_type = language_model.model_type
         self.vp_stage = language_model.vp_stage
+        # A last stage may hold the head alone, and then gets all positions from the stage before.
+        layers = language_model.decoder.layers
+        self.last_layer_chooses = len(layers) > 0 and isinstance(layers[-1], LastLayer)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Hidden states of the previous stage, set by the schedule."""
@@ -103,7 +106,7 @@ class DenseConnectorModel(MegatronModule):
         # Questions to a model in training come unpacked, without bounds.
         packed = self._packed_seq_params(batch) if self.packed and "cu_seqlens" in batch else None
         places = batch.get("target_places") if positions is None else positions
-        chosen = packed is not None and places is not None
+        chosen = self.last_layer_chooses and packed is not None and places is not None
         if chosen:
             packed = ask_for_rows(packed, wanted_rows(places, self.config))
         request = HeadRequest(
