@@ -106,3 +106,11 @@ def image_share(count: int, rank: int, size: int) -> range:
     """
     width = -(-count // size)
     return range(min(count, rank * width), min(count, (rank + 1) * width))
+
+
+def dealt_tiles(count: int, dealt_before: int, rank: int, size: int) -> range:
+    """Which of the next ``count`` tiles rank ``rank`` of ``size`` gets where they are dealt out one after the other.
+
+    dealt_before: tiles that were dealt already. Over many micro-batches every rank gets as many, however few each has.
+    """
+    return range((rank - dealt_before) % size, count, size)

@@ -54,11 +54,12 @@ class ImageRequest:
 def tile_requests(pictures: Sequence[Picture], stores: Sequence[ImageStore], share: range) -> list[ImageRequest]:
     """Requests for the tiles ``share``, counted over all tiles of ``pictures`` in their order.
 
-    stores: one for every data source. A picture at an edge of the share is asked for a part of its tiles only.
+    stores: one for every data source. A picture may be asked for a part of its tiles only.
     """
     requests, first = [], 0
     for picture in pictures:
-        wanted = range(max(share.start - first, 0), min(share.stop - first, picture.tiles))
+        skipped = max(0, -(-(first - share.start) // share.step)) * share.step
+        wanted = range(share.start + skipped - first, min(share.stop - first, picture.tiles), share.step)
         if wanted:
             requests.append(ImageRequest(stores[picture.source], picture, wanted))
         first += picture.tiles

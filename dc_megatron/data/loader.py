@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dc_megatron.config import DataConfig, VisionConfig
+from dc_megatron.config import DataConfig, VisionConfig, dealt_tiles
 from dc_megatron.config import image_share as share_of
 from dc_megatron.data.image_loading import image_loader, tile_requests
 from dc_megatron.data.image_store import ImageStore, open_stores
@@ -37,10 +37,13 @@ class MicroBatches:
     index: the opened SampleIndex. plan: which samples stand in which row. vision: for the pixels. micro_batch_size:
     rows of one batch. data_parallel_rank, data_parallel_size: this rank's part of every step. image_share: (rank, size)
     in the group that shares the tiles of a micro-batch; this rank's k tiles (see config.image_share) go into
-    pixel_values float32 [k, 3, H, W]. decode_images=False: pixel_values is None. start_row: rows that the whole run has
-    consumed. length_multiple: unpacked rows are as long as the longest of their micro-batch, rounded up to this.
-    prefetch: batches prepared ahead; 0 prepares them in next() itself. image_threads: threads that decode. stores: one
-    for every data source (default: opened from ``config``). pin_memory: batches lie in page-locked memory.
+    pixel_values float32 [k, 3, H, W]. deal_images: tiles go to the group's ranks one after the other, over all
+    micro-batches (see config.dealt_tiles). decode_images=False: pixel_values is None.
+
+    start_row: rows that the whole run has consumed. length_multiple: unpacked rows are as long as the longest of their
+    micro-batch, rounded up to this. prefetch: batches prepared ahead; 0 prepares them in next() itself. image_threads:
+    threads that decode. stores: one for every data source (default: opened from ``config``). pin_memory: batches lie in
+    page-locked memory.
 
     ``data_wait_seconds`` sums the time next() waited. counts["substituted_images"] counts this rank's share only. An
     exception of the background thread is raised by next(). ``close()`` ends the thread.
@@ -57,6 +60,7 @@ class MicroBatches:
         data_parallel_rank: int,
         data_parallel_size: int,
         image_share: tuple[int, int] = (0, 1),
+        deal_images: bool = False,
         decode_images: bool = True,
         start_row: int = 0,
         length_multiple: int = 1,
@@ -69,7 +73,7 @@ class MicroBatches:
         assert not packed or micro_batch_size == 1, "packed rows are attended to one at a time"
         pixels = None
         if decode_images:
-            pixels = _Pixels(config, vision, image_share, image_threads, stores)
+            pixels = _Pixels(config, vision, image_share, deal_images, image_threads, stores)
         step = micro_batch_size * data_parallel_size
 
         def produce(number: int) -> dict:
@@ -109,8 +113,12 @@ class MicroBatches:
 class _Pixels:
     """This rank's share of the tiles of a batch."""
 
-    def __init__(self, config: DataConfig, vision: VisionConfig, share: tuple[int, int], threads: int, stores):
+    def __init__(
+        self, config: DataConfig, vision: VisionConfig, share: tuple[int, int], deal: bool, threads: int, stores
+    ):
         self._config, self._share, self._stores = config, share, stores
+        # Batches come one after the other, from the first of this process on.
+        self._deal, self._dealt = deal, 0
         # Made by the thread that makes the batches' iterator: only its current CUDA device is this rank's.
         self._loader = image_loader(
             config.image_backend,
@@ -125,7 +133,9 @@ class _Pixels:
         """(float32 [k, 3, H, W], pictures that could not be decoded)."""
         if self._stores is None:
             self._stores = open_stores(self._config.sources)
-        share = share_of(batch["num_images"], *self._share)
+        count = batch["num_images"]
+        share = dealt_tiles(count, self._dealt, *self._share) if self._deal else share_of(count, *self._share)
+        self._dealt += count
         pixels, failed = self._loader.load(tile_requests(batch["pictures"], self._stores, share))
         return pixels, len(failed)
 

@@ -29,6 +29,7 @@ def build_model(
     seed: int,
     tiling: ImageTiling | None = None,
     packed: bool = False,
+    tower_on_all_stages: bool = False,
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -36,9 +37,11 @@ def build_model(
 ) -> DenseConnectorModel:
     """This rank's part of the model in fp32 and random weights; tower and connector only where ``pre_process``.
 
-    tiling: says whether there is an image_newline; None: there is none.
+    tiling: says whether there is an image_newline; None: there is none. tower_on_all_stages: the tower is in the first
+    chunk of every pipeline stage.
     """
     table = layer_table(vision, connector)
+    has_tower = pre_process or (tower_on_all_stages and not vp_stage)
     has_newline = pre_process and tiling is not None and tiling.has_newline
     return DenseConnectorModel(
         build_language_model(
@@ -55,7 +58,7 @@ def build_model(
         vocab_size=language.vocab_size,
         dense_connector_type=connector.dense_connector_type,
         layer_table=table,
-        vision_tower=FrozenVisionTower(vision, table) if pre_process else None,
+        vision_tower=FrozenVisionTower(vision, table) if has_tower else None,
         connector=DenseConnector(vision, connector, language.hidden_size, seed) if pre_process else None,
         image_newline=initial_newline(language.hidden_size, seed) if has_newline else None,
         packed=packed,
@@ -63,7 +66,7 @@ def build_model(
 
 
 def load_vision_tower(model: DenseConnectorModel, vision: VisionConfig, connector: ConnectorConfig) -> None:
-    """Fill the frozen tower from its folder; nothing to do off the first pipeline stage."""
+    """Fill the frozen tower from its folder; nothing to do where there is none."""
     if model.vision_tower is not None:
         model.vision_tower.load(vision_state_dict(vision.path, vision, connector))
 

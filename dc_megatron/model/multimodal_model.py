@@ -31,7 +31,8 @@ _IDLE_STATE = "language_model.decoder.final_layernorm._extra_state"
 
 
 class DenseConnectorModel(MegatronModule):
-    """``vision_tower`` and ``connector`` are None off the first pipeline stage, and are never built there.
+    """``vision_tower`` and ``connector`` are None off the first pipeline stage, and are never built there; the tower is
+    everywhere where all stages encode images (``dealt_images.py``).
 
     image_newline: the start, float32 [h], of the vector that ends every row of patches of an AnyRes picture under
     spatial_unpad; None off the first stage and without that. It is trained with the connector.
@@ -98,7 +99,8 @@ class DenseConnectorModel(MegatronModule):
 
         Last stage: losses [supervised positions] in fp32, row-major; with ``positions`` (indices into the flattened
         b * s) logits [k, vocab_size] instead. Other stages: hidden states for the next one. ``image_features``
-        [num_images * tile tokens, h] in the batch stand for pixels that were encoded before. ``image_places`` and
+        [num_images * tile tokens, h] in the batch stand for pixels that were encoded before, and so does
+        ``joined_features`` [num_images, tokens, channels], on which the connector then works. ``image_places`` and
         ``target_places`` (indices into the flattened b * s of images and targets) may be there: looking for them on a
         GPU would make the host wait.
         """
@@ -144,7 +146,10 @@ class DenseConnectorModel(MegatronModule):
         if batch["num_images"]:
             features = batch.get("image_features")
             if features is None:
-                features = self.image_features(batch["pixel_values"], batch["num_images"]).flatten(0, 1)
+                joined = batch.get("joined_features")
+                if joined is None:
+                    joined = self.joined_features(batch["pixel_values"], batch["num_images"])
+                features = self.connector(joined).flatten(0, 1)
             if self.image_newline is not None:
                 # Row num_images * tile tokens of image_feature_index.
                 features = torch.cat([features, self.image_newline.to(features.dtype)[None]])
@@ -168,11 +173,17 @@ class DenseConnectorModel(MegatronModule):
         return embeddings
 
     def image_features(self, pixels: Tensor, num_images: int) -> Tensor:
-        """Features [num_images, tokens, h] of a micro-batch whose tiles are shared out over the tensor-parallel group.
+        """Features [num_images, tokens, h] of a micro-batch, as ``joined_features`` and the connector make them.
+
+        The connector runs on all of them on every rank: its gradients are whole everywhere and need no reduction.
+        """
+        return self.connector(self.joined_features(pixels, num_images))
+
+    def joined_features(self, pixels: Tensor, num_images: int) -> Tensor:
+        """What enters the connector, [num_images, tokens, channels], of tiles that the tensor-parallel group shares.
 
         num_images counts tiles; pixels [k, 3, H, W] is this rank's share of them (see config.image_share). Frozen
-        features are gathered, the connector then runs on all of them on every rank: its gradients are whole everywhere
-        and need no reduction.
+        features are gathered.
         """
         group = self.pg_collection.tp
         # The first rank's is the widest; the others fill up to it.
@@ -189,7 +200,7 @@ class DenseConnectorModel(MegatronModule):
                 torch.distributed.all_gather_into_tensor(gathered, joined.contiguous(), group=group)
                 joined = gathered[:num_images]
         assert joined.shape[0] == num_images, f"{joined.shape[0]} images encoded, {num_images} expected"
-        return self.connector(joined)
+        return joined
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Checkpoint entries of this rank, without the frozen tower."""

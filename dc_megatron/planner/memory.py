@@ -77,6 +77,8 @@ class Run:
     tensor: int = 1
     data: int = 1
     sequence_parallel: bool = False
+    # All stages encode the images of a step before its pipeline begins (--vision-tower-stages all).
+    tower_on_all_stages: bool = False
 
     @property
     def language_learns(self) -> bool:
@@ -142,7 +144,8 @@ def _language_parameters(run: Run, stage: int) -> tuple[float, float, float]:
     # A tied head is one more table only where it is not on the embedding's stage.
     tables = (stage == 0) + (stage == last and not (language.tie_word_embeddings and last == 0))
     norms = language.hidden_size * (2 * layers + (stage == last))
-    return linear + tables * table + norms, _tower_parameters(run) if stage == 0 else 0, linear
+    has_tower = stage == 0 or run.tower_on_all_stages
+    return linear + tables * table + norms, _tower_parameters(run) if has_tower else 0, linear
 
 
 def _tower_parameters(run: Run) -> int:
@@ -206,6 +209,10 @@ def _activations(run: Run, stage: int, recompute: Recompute) -> float:
         widths = run.connector.input_size(run.vision) + 2 * run.language.hidden_size
         tokens = run.images * image_tokens(run.vision, run.connector)
         kept += tokens * widths * run.numbers.weight * -(-passes // len(chunks))
+    if stage == 0 and run.tower_on_all_stages:
+        # What enters the connector, of all micro-batches of the step.
+        tokens = run.micro_batches * run.images * image_tokens(run.vision, run.connector)
+        kept += tokens * run.connector.input_size(run.vision) * run.numbers.weight
     if stage == len(run.stages) - 1:
         kept += 2 * layer.input  # the final norm's input and output
     return kept
@@ -231,8 +238,8 @@ def _transient(run: Run, stage: int, recompute: Recompute) -> float:
         moments = [layer.backward + layer.mlp]
     if stage == len(run.stages) - 1:
         moments.append(_head(run))
-    if stage == 0:
-        # All its hidden states are kept until the connector has chosen.
+    if stage == 0 and not run.tower_on_all_stages:
+        # All its hidden states are kept until the connector has chosen. Before the pipeline begins there is room.
         states = layer_table(run.vision, run.connector).deepest + 1
         tokens = -(-run.images // run.tensor) * run.vision.num_patches
         moments.append(tokens * states * run.vision.hidden_size * run.numbers.weight)

@@ -54,10 +54,12 @@ def stage_costs(
     trainable: Sequence[str],
     tensor: int = 1,
     fp8: bool = False,
+    tower_on_all_stages: bool = False,
 ) -> StageCosts:
     """Costs for a micro-batch of samples of ``lengths`` positions with ``images`` tiles together.
 
-    Layers, head and tower are shared by ``tensor`` ranks, the connector is not.
+    Layers, head and tower are shared by ``tensor`` ranks, the connector is not. Where all stages encode images, they do
+    so before the pipeline begins, and no stage is slower for it.
     """
     flops = step_flops(
         language,
@@ -70,7 +72,7 @@ def stage_costs(
     )
     linears = flops.language_model / (_FP8_SPEED if fp8 else 1)
     return StageCosts(
-        front=_TOWER * flops.tower + tensor * flops.connector,
+        front=(0 if tower_on_all_stages else _TOWER * flops.tower) + tensor * flops.connector,
         layer=(linears + flops.attention) / language.num_hidden_layers,
         head=_HEAD * flops.head,
     )

@@ -119,6 +119,7 @@ def _split(checked: Checked, data: Data, batch: MicroBatch, virtual: int) -> Pip
         trainable=settings.trainable,
         tensor=settings.tensor_model_parallel_size,
         fp8=settings.fp8_format is not None,
+        tower_on_all_stages=settings.vision_tower_stages == "all",
     )
     layers, pipeline = checked.language.num_hidden_layers, settings.pipeline_model_parallel_size
     return balanced_split(costs, layers, pipeline, data.steps.accumulation_steps, virtual)
@@ -154,6 +155,7 @@ def _run(checked: Checked, data: Data, batch: MicroBatch, stages: tuple, typed: 
         tensor=settings.tensor_model_parallel_size,
         data=data.steps.data_parallel_size,
         sequence_parallel=settings.sequence_parallel,
+        tower_on_all_stages=settings.vision_tower_stages == "all",
     )
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import get_args
 
 from dc_megatron.config import VisionConfig
 from dc_megatron.data.image_store import open_stores
 from dc_megatron.data.loader import MicroBatches
 from dc_megatron.errors import UserError
+from dc_megatron.model.dealt_images import dealing_place
 from dc_megatron.runtime import device
 from dc_megatron.training.data_plan import Data
 from dc_megatron.training.fp8_flags import length_multiple
 
 
 def make_dataset_provider(
-    data: Data, vision: VisionConfig, loaders: list[MicroBatches], on_ready: Callable[[], object]
+    data: Data,
+    vision: VisionConfig,
+    loaders: list[MicroBatches],
+    on_ready: Callable[[], object],
+    ahead: Callable[[MicroBatches], Iterator[dict]] | None = None,
 ) -> Callable:
     """``train_valid_test_dataset_provider`` of ``megatron.training.pretrain``; what it makes is added to ``loaders``.
 
@@ -26,13 +32,18 @@ def make_dataset_provider(
     then, and the first step begins.
 
     Every rank reads its own rows; pixels are decoded on the first pipeline stage only, and each tensor-parallel rank
-    decodes its share.
+    decodes its share. With ``ahead`` the ranks of all stages decode, and the iterator is what it makes of the loader.
     """
 
     def provider(train_valid_test_num_samples, vp_stage: int | None = None):
         args = get_args()
         _refuse_different_plans(data.plan_hash)
-        decodes = parallel_state.get_pipeline_model_parallel_rank() == 0 and not vp_stage
+        first_chunk = not vp_stage
+        decodes = first_chunk and (ahead is not None or parallel_state.get_pipeline_model_parallel_rank() == 0)
+        tensor = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
         loader = MicroBatches(
             data.index,
             data.rows,
@@ -41,10 +52,8 @@ def make_dataset_provider(
             micro_batch_size=args.micro_batch_size,
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
-            image_share=(
-                parallel_state.get_tensor_model_parallel_rank(),
-                parallel_state.get_tensor_model_parallel_world_size(),
-            ),
+            image_share=tensor if ahead is None else dealing_place(ProcessGroupCollection.use_mpu_process_groups()),
+            deal_images=ahead is not None,
             decode_images=decodes,
             stores=open_stores(data.config.sources, cache=data.folder) if decodes else None,
             start_row=args.consumed_train_samples,
@@ -55,7 +64,7 @@ def make_dataset_provider(
         )
         loaders.append(loader)
         on_ready()
-        return loader, None, None
+        return ahead(loader) if ahead is not None and first_chunk else loader, None, None
 
     # Every rank makes its own iterator; the engine broadcasts nothing.
     provider.is_distributed = True

@@ -222,6 +222,7 @@ def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]
     from dc_megatron.training.dataset_provider import make_dataset_provider
     from dc_megatron.training.forward_step import make_forward_step
     from dc_megatron.training.model_provider import make_model_provider
+    from dc_megatron.training.step_images import StepImages
 
     counts, loaders, clock = StepCounts(), [], Clock()
     if args.save and args.rank == 0:
@@ -250,9 +251,19 @@ def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]
             clear_staging(args.save)
         clock.lap()
 
+    def encoded_ahead(loader):
+        session.step_images.append(StepImages(loader, device.device(), counts.add))
+        return session.step_images[-1]
+
     pretrain(
         pretrain_cfg_container_from_args(args),
-        make_dataset_provider(data, checked.vision, loaders, on_ready=on_ready),
+        make_dataset_provider(
+            data,
+            checked.vision,
+            loaders,
+            on_ready,
+            ahead=encoded_ahead if checked.settings.vision_tower_stages == "all" else None,
+        ),
         ModelType.encoder_or_decoder,
         make_forward_step(device.device(), checked.settings.loss_reduction, counts.add, session.band),
         make_model_provider(checked),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing, get_args, get_tensorboard_writer, print_rank_0
 
@@ -22,6 +23,7 @@ from dc_megatron.training.metrics import COUNTS, Clock, MetricsFile, StepCounts,
 from dc_megatron.training.model_provider import trained_connector
 from dc_megatron.training.run import Checked
 from dc_megatron.training.sample_pictures import SamplePictures
+from dc_megatron.training.step_images import StepImages
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.projector_files import write_projector
 from dc_megatron.weights.staged_iteration import StagedIteration
@@ -38,6 +40,8 @@ class Session:
     counts: StepCounts
     clock: Clock
     loaders: list[MicroBatches]
+    # Where all stages encode images: the iterator of this rank's first chunk.
+    step_images: list[StepImages] = field(default_factory=list)
     metrics: MetricsFile | None = None
     pictures: SamplePictures | None = None
     band: Fp8Band | None = None
@@ -135,19 +139,32 @@ def _sum_over_ranks(session: Session, learning_rate: float, wait: float) -> dict
     """Counts of the global batch, known to every rank alike.
 
     Rows are counted once a data-parallel rank, on the first stage and first tensor-parallel rank; replaced images on
-    every rank that decodes. Rank 0 always has parameters that learn or an optimizer group, so the rate is its.
+    every rank that decodes: the others count none. Rank 0 always has parameters that learn or an optimizer group, so
+    the rate is its.
     """
     from megatron.core import parallel_state
 
     counts = session.counts.take()
-    first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
-    counting = first_stage and parallel_state.get_tensor_model_parallel_rank() == 0
-    values = [counts[name] if counting or (name == "substituted_images" and first_stage) else 0 for name in COUNTS]
+    counting = (
+        parallel_state.get_pipeline_model_parallel_rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+    values = [counts[name] if counting or name == "substituted_images" else 0 for name in COUNTS]
     values.append(wait / parallel_state.get_data_parallel_world_size() if counting else 0.0)
     values.append(learning_rate if torch.distributed.get_rank() == 0 else 0.0)
     summed = torch.tensor(values, dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(summed)
     return dict(zip([*COUNTS, "wait", "lr"], summed.tolist(), strict=True))
+
+
+def _step_hook(original: Callable, session: Session) -> Callable:
+    """``train_step`` after the images of its micro-batches were encoded, where all stages do that together."""
+
+    def train_step(forward_step_func, data_iterator, model, *args, **kwargs):
+        for images in session.step_images:
+            images.encode(unwrap_model(model)[0], get_num_microbatches())
+        return original(forward_step_func, data_iterator, model, *args, **kwargs)
+
+    return train_step
 
 
 def _save_hook(original: Callable, session: Session) -> Callable:
@@ -261,6 +278,12 @@ HOOKS = (
         _log_hook,
         "always",
         "metrics.jsonl, the progress line, and the limit on replaced images",
+    ),
+    Hook(
+        "megatron.training.training:train_step",
+        _step_hook,
+        "always",
+        "--vision-tower-stages all: once a schedule runs, each stage comes to a micro-batch at another time",
     ),
     Hook(
         "megatron.training.training:save_checkpoint",

@@ -353,6 +353,15 @@ _PARALLEL = (
         choices=("even", "auto"),
     ),
     Flag(
+        "vision-tower-stages",
+        str,
+        "first",
+        "who encodes the images: the first stage, a micro-batch at a time, or the ranks of all stages, those of a whole"
+        " step before its pipeline begins",
+        PARALLEL,
+        choices=("first", "all"),
+    ),
+    Flag(
         "sequence-parallel",
         bool,
         False,

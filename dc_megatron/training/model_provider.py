@@ -35,6 +35,7 @@ def make_model_provider(checked: Checked) -> Callable:
             seed=args.seed,
             tiling=checked.tiling,
             packed=settings.packing != "none",
+            tower_on_all_stages=settings.vision_tower_stages == "all",
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

@@ -77,6 +77,7 @@ class RunSettings:
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
     pipeline_split: str
+    vision_tower_stages: str
     sequence_parallel: bool
     # The layers need not divide evenly: the user, or --pipeline-split auto, says how they do.
     uneven_pipeline: bool

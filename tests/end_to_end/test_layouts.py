@@ -1,4 +1,4 @@
-"""Layers divided over pipeline stages in other ways train alike: by estimate, and with the head on its own stage."""
+"""Work divided over pipeline stages in other ways trains alike: layers by estimate, the head alone, images by all."""
 
 from __future__ import annotations
 
@@ -34,5 +34,7 @@ def test_two_stages_train_as_one(workspace, tmp_path):
     head_alone = losses(
         workspace, tmp_path / "head", torchrun(2), **STAGES, **{"pipeline-model-parallel-layout": "Etttt|L"}
     )
+    all_encode = losses(workspace, tmp_path / "all", torchrun(2), **STAGES, **{"vision-tower-stages": "all"})
+    assert all_encode == pytest.approx(expected, rel=1e-6)
     assert by_estimate == pytest.approx(expected, rel=1e-6)
     assert head_alone == pytest.approx(expected, rel=1e-6)

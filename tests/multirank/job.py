@@ -23,6 +23,8 @@ class Job:
     pipeline: int = 1
     virtual: int | None = None
     sequence_parallel: bool = False
+    # Who encodes images, as --vision-tower-stages says.
+    tower_stages: str = "first"
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, padded_vocab_size
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, dealt_tiles, padded_vocab_size
 from dc_megatron.inference.assemble import build_model, global_name, load_language_model, load_vision_tower
 from dc_megatron.model.language_model import Layout, transformer_config
 from dc_megatron.runtime import parallel
@@ -16,6 +16,16 @@ def share_pixels(batch: dict, rank: int, size: int) -> dict:
     """The batch as the data room delivers it to one tensor-parallel rank: with its share of the pixels only."""
     share = -(-batch["num_images"] // size)
     return {**batch, "pixel_values": batch["pixel_values"][rank * share : (rank + 1) * share]}
+
+
+def deal_pixels(batches: list[dict], dealt_before: int, place: tuple[int, int]) -> list[dict]:
+    """The batches as the data room delivers them where their tiles are dealt out."""
+    mine = []
+    for batch in batches:
+        dealt = list(dealt_tiles(batch["num_images"], dealt_before, *place))
+        mine.append({**batch, "pixel_values": batch["pixel_values"][dealt]})
+        dealt_before += batch["num_images"]
+    return mine
 
 
 def _seed_fault(fault: str | None, model) -> None:
@@ -66,6 +76,7 @@ def build(job: Job):
             seed=1,
             tiling=job.tiling,
             packed=job.packed,
+            tower_on_all_stages=job.tower_stages == "all",
             pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
@@ -114,6 +125,30 @@ def _gather_reduced_gradients(chunks: list) -> None:
             for bucket in group.buckets:
                 share = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
                 torch.distributed.all_gather_into_tensor(bucket.grad_data, share, group=ranks)
+
+
+class _Ahead:
+    """Images of whole steps for StepImages, and what the tower and the counting saw of them."""
+
+    def __init__(self, model):
+        from dc_megatron.model.dealt_images import dealing_place
+        from dc_megatron.training.step_images import StepImages
+
+        self._place = dealing_place(model.pg_collection)
+        self._batches, self._dealt = iter(()), 0
+        self.encoded, self.samples = [], 0
+        model.vision_tower.register_forward_pre_hook(lambda _, inputs: self.encoded.append(inputs[0].shape[0]))
+        self.images = StepImages(self, torch.device("cpu"), self._count)
+
+    def give(self, batches: list[dict]) -> None:
+        self._batches = iter(deal_pixels(batches, self._dealt, self._place))
+        self._dealt += sum(batch["num_images"] for batch in batches)
+
+    def __next__(self) -> dict:
+        return next(self._batches)
+
+    def _count(self, counts: dict) -> None:
+        self.samples += counts["samples"]
 
 
 def train(job: Job) -> dict:
@@ -175,6 +210,7 @@ def train(job: Job) -> dict:
         forward_step = make_forward_step(torch.device("cpu"), job.loss_reduction)
         data_rank, data_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         tensor_rank = mpu.get_tensor_model_parallel_rank()
+        ahead = _Ahead(models[0]) if job.tower_stages == "all" else None
         losses, norms, gradients = [], [], {}
         for number, step in enumerate(job.micro_batches):
             for chunk in chunks:
@@ -185,8 +221,13 @@ def train(job: Job) -> dict:
                     chunk.enable_forward_pre_hook()
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
-            mine = [share_pixels(batch, tensor_rank, job.tensor) for batch in step[data_rank::data_size]]
-            iterators = [iter(mine) for _ in chunks]
+            mine = step[data_rank::data_size]
+            if ahead is None:
+                mine = [share_pixels(batch, tensor_rank, job.tensor) for batch in mine]
+            else:
+                ahead.give(mine)
+                ahead.images.encode(models[0], len(mine))
+            iterators = [iter(mine) if ahead is None or chunk else ahead.images for chunk in range(len(chunks))]
             reported = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -213,6 +254,8 @@ def train(job: Job) -> dict:
             "losses": losses,
             "grad_norms": norms,
             "chunked_rows": chunked,
+            "encoded_tiles": ahead.encoded if ahead is not None else None,
+            "samples": ahead.samples if ahead is not None else None,
             "gradients": gradients,
             "parameters": _named_tensors(models, lambda p: p),
         }

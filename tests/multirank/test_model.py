@@ -114,6 +114,17 @@ def test_only_the_first_virtual_stage_holds_tower_and_connector(workers, job):
     assert last["parts"] == [["language_model"], ["language_model"]]
 
 
+@pytest.mark.parametrize("virtual", [None, 2])
+def test_the_tower_may_be_on_all_stages_and_is_not_saved_there_either(workers, job, virtual):
+    first, last = workers.run(f"{WORKER}:parts", 2, replace(job, pipeline=2, virtual=virtual, tower_stages="all"))
+    later = [["language_model"]] * (1 if virtual else 0)
+    assert first["parts"] == [["connector", "language_model", "vision_tower"], *later]
+    assert last["parts"] == [["language_model", "vision_tower"], *later]
+    assert last["saved_without_tower"][0] == ["language_model"]
+    assert last["trained"]["connector"] == []
+    assert not last["tower_trains"]
+
+
 def test_a_connector_given_by_a_file_survives_the_next_load_only(workers, job):
     (got,) = workers.run(f"{WORKER}:load_state", 1, job)
     assert got["keys_while_given"] == []

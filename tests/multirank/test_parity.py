@@ -141,6 +141,24 @@ def test_virtual_pipeline(workers, folders):
     assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
 
 
+@pytest.mark.parametrize("layout", ["TP1", "TP2+SP", "PP2", "TP2xPP2", "VPP2"])
+def test_images_encoded_by_all_stages(workers, folders, layout):
+    """Three steps, in one of which there are fewer images than ranks, and in one none."""
+    layouts = {**LAYOUTS, "VPP2": {"pipeline": 2, "virtual": 2}}
+    job = make_job(folders, tower_stages="all", **layouts[layout])
+    vision, connector = VisionConfig.from_folder(folders["clip"]), ConnectorConfig("dci")
+    mixes = [[[3, 1], [1, 2]], [[0, 0], [0, 0]], [[0, 1], [0, 0]]]
+    job = replace(job, micro_batches=[parity.make_step(mix, vision, connector, seed=i) for i, mix in enumerate(mixes)])
+    reference = parity.run_reference(job)
+    world = WORLD.get(layout, 2)
+    results = workers.run(TRAIN, world, job)
+    assert_first_step_equal(job, results, reference)
+    assert parity.losses(results) == pytest.approx(reference["losses"], abs=parity.CURVE_TOLERANCE)
+    for result in results:
+        assert sum(result["encoded_tiles"]) == -(-7 // world) + 1, "every rank encodes its share of a step, filled up"
+        assert result["samples"] == 12
+
+
 def test_full_recompute_changes_nothing(workers, folders):
     job = make_job(folders, tensor=2, recompute=True)
     assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))

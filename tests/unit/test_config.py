@@ -16,6 +16,7 @@ from dc_megatron.config import (
     LanguageConfig,
     VisionConfig,
     check_parallel_layout,
+    dealt_tiles,
     image_share,
     image_tokens,
     layer_table,
@@ -297,6 +298,18 @@ def test_a_layout_names_the_size_that_it_does_not_divide(tmp_path):
 )
 def test_shares_of_images_follow_each_other(count, size, shares):
     assert [list(image_share(count, rank, size)) for rank in range(size)] == shares
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_tiles_are_dealt_out_evenly_over_micro_batches(size):
+    counts, before = [5, 0, 1, 1, 6, 2], 0
+    dealt = [0] * size
+    for count in counts:
+        tiles = [dealt_tiles(count, before, rank, size) for rank in range(size)]
+        assert sorted(tile for of_rank in tiles for tile in of_rank) == list(range(count))
+        dealt = [sum_before + len(of_rank) for sum_before, of_rank in zip(dealt, tiles, strict=True)]
+        assert max(dealt) - min(dealt) <= 1
+        before += count
 
 
 def data_config(**values):

@@ -275,6 +275,12 @@ def test_a_share_of_tiles_may_begin_and_end_inside_a_picture():
     assert asked(4, 9) == [("b", range(5))]
     assert asked(10, 12) == [("c", range(1, 3))]
     assert asked(6, 6) == asked(13, 20) == []
+    # Every third tile of the 13, from the second one on: 1, 4, 7, 10.
+    dealt = tile_requests(pictures, stores, range(1, 13, 3))
+    assert [(one.picture.name, list(one.tiles)) for one in dealt] == [("a", [1]), ("b", [0, 3]), ("c", [1])]
+    # 2 and 11: none of the second picture.
+    dealt = tile_requests(pictures, stores, range(2, 13, 9))
+    assert [(one.picture.name, list(one.tiles)) for one in dealt] == [("a", [2]), ("c", [2])]
 
 
 @pytest.mark.parametrize("backend", ["pil", "auto"])

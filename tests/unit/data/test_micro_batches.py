@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dc_megatron.config import dealt_tiles
 from dc_megatron.data.epoch_order import epoch_samples
 from dc_megatron.data.index import build_index, open_index
 from dc_megatron.data.loader import MicroBatches
@@ -172,6 +173,12 @@ def test_shares_of_tiles_make_up_the_whole(make_data, size, aspect_ratio):
     if aspect_ratio == "anyres":
         assert any(batch["num_images"] > batch["counts"]["images"] for batch in whole)
     assert batches(data, 1, decode_images=False)[0]["pixel_values"] is None
+    dealt, before = [batches(data, 4, image_share=(rank, size), deal_images=True) for rank in range(size)], 0
+    for number, batch in enumerate(whole):
+        for rank in range(size):
+            mine = list(dealt_tiles(batch["num_images"], before, rank, size))
+            assert torch.equal(dealt[rank][number]["pixel_values"], batch["pixel_values"][mine])
+        before += batch["num_images"]
 
 
 def test_the_thread_gives_the_same_and_ends(packed):

@@ -76,6 +76,18 @@ def test_tensor_parallel_ranks_share_layers_and_with_sequence_parallel_the_norms
     assert all_halved.activations == pytest.approx(whole.activations / 2, rel=0.02)
 
 
+def test_a_tower_on_all_stages_weighs_on_each_and_keeps_the_features_of_a_step_on_the_first():
+    stages = ((16,), (16,))
+    alone, everywhere = (
+        [stage_memory(run(2, stages=stages, tower_on_all_stages=on), stage) for stage in (0, 1)] for on in (False, True)
+    )
+    assert everywhere[0].weights == alone[0].weights
+    assert everywhere[1].weights - alone[1].weights == pytest.approx(2 * 0.29e9, rel=0.02)
+    # 4 micro-batches of 10 pictures of 576 places of three times 1024 channels.
+    assert everywhere[0].activations - alone[0].activations == 4 * 10 * 576 * 3 * 1024 * 2
+    assert everywhere[1].activations == alone[1].activations
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_recomputing_keeps_less(stage):
     plain = run(stage)

@@ -150,5 +150,7 @@ def test_costs_follow_what_a_row_holds(costs):
     assert costs(trainable=("connector",)).layer < 0.7 * plain.layer
     assert costs(fp8=True).layer < 0.7 * plain.layer
     assert costs(fp8=True).front == plain.front
+    # Images that all stages encode before the pipeline begins leave the connector to the first.
+    assert costs(tower_on_all_stages=True).front < 0.15 * plain.front
     # The connector runs whole on every rank of a tensor-parallel group.
     assert costs(tensor=4).front > plain.front

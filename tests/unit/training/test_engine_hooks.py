@@ -1,4 +1,4 @@
-"""The two wrapped functions of the engine as they are installed, and the limit on replaced images."""
+"""The wrapped functions of the engine as they are installed, and the limit on replaced images."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ def hooks(workers) -> dict[str, dict]:
     return {row["target"].split(":")[1]: row for row in rows}
 
 
-def test_exactly_four_functions_are_wrapped_each_with_a_reason(hooks):
+def test_exactly_five_functions_are_wrapped_each_with_a_reason(hooks):
     assert sorted(row["target"] for row in hooks.values()) == [
         "megatron.training.checkpointing:_load_base_checkpoint",
         "megatron.training.training:save_checkpoint",
+        "megatron.training.training:train_step",
         "megatron.training.training:training_log",
         "megatron.training.wandb_utils:on_save_checkpoint_success",
     ]
@@ -34,6 +35,16 @@ def test_training_log_takes_and_gets_what_the_hook_reads(hooks):
     assert positional[:8] == expected
     # An argument that the hook names must not come by keyword as well.
     assert not set(row["keywords"][0]) & set(row["wrapped"])
+
+
+def test_train_step_takes_and_gets_what_the_hook_reads(hooks):
+    row = hooks["train_step"]
+    expected = ["forward_step_func", "data_iterator", "model"]
+    assert row["parameters"][:3] == expected
+    assert row["wrapped"] == [*expected, "args", "kwargs"]
+    (positional,) = row["positional"]
+    assert positional[0::2][:2] == ["forward_step_func", "model"]
+    assert not set(row["keywords"][0]) & set(expected)
 
 
 def test_save_checkpoint_takes_and_gets_what_the_hook_reads(hooks):

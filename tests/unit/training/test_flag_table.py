@@ -25,7 +25,7 @@ global_batch_size micro_batch_size loss_reduction gradient_checkpointing recompu
 fp8_format fp8_recipe fp8_check_interval learning_rate min_lr
 lr_scheduler_type warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm output_dir
 load verify_checkpoint save_steps save_strategy logging_steps report_to logging_dir log_images
-tensor_model_parallel_size pipeline_model_parallel_size pipeline_split sequence_parallel
+tensor_model_parallel_size pipeline_model_parallel_size pipeline_split vision_tower_stages sequence_parallel
 """)
 EXPLAINED_NAMES = shlex.split("""
 deepspeed evaluation_strategy eval_strategy per_device_eval_batch_size lazy_preprocess tf32
