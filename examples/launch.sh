@@ -7,7 +7,7 @@
 #   GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT   the machines (where torchrun is not the caller)
 #   CUDA_VISIBLE_DEVICES                                     how many GPUs count, where GPUS_PER_NODE does not say it
 #   DC_PRINT_ARGV=1                                          print the final flags instead of running
-#   TENSOR_PARALLEL PIPELINE_PARALLEL                        how the model is divided
+#   PRESET DATASET TENSOR_PARALLEL PIPELINE_PARALLEL         see defaults.sh
 
 fail() { echo "${0##*/}: $*" >&2; exit 2; }
 
@@ -37,8 +37,7 @@ else
   world_size=$((processes_per_node * ${NNODES:-1}))
 fi
 
-pipeline_parallel="${PIPELINE_PARALLEL:-1}"
-tensor_parallel="${TENSOR_PARALLEL:-$((processes_per_node % 2 == 0 ? 2 : 1))}"
+source "$root/examples/defaults.sh"
 
 # Tensor parallelism before Blackwell needs the order of kernels kept; the engine refuses to start without it.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"

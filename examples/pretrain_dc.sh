@@ -6,14 +6,16 @@
 #   bash examples/pretrain_dc.sh [flags]
 #   torchrun --nproc-per-node 8 examples/pretrain_dc.sh [flags]
 #   MODEL=... DATA=... bash examples/pretrain_dc.sh --max_steps 10
+#   PRESET=llama3-70b DATASET=mini-gemini bash examples/pretrain_dc.sh
 #
 # Everything written in capitals below can be set from the environment, and flags given last count.
-# launch.sh says how processes are counted. This file is valid bash and valid Python: see its last lines.
+# defaults.sh has what depends on PRESET and DATASET, launch.sh says how processes are counted. This file is valid bash and valid Python: see its last lines.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+divide "$division_few"
 
 MODEL_FLAGS=(
-  --model_name_or_path "${MODEL:-checkpoints/vicuna-7b-v1.5}"
+  --model_name_or_path "${MODEL:-$model_folder}"
   --vision_tower "${VISION_TOWER:-checkpoints/clip-vit-large-patch14-336}"
   --mm_dense_connector_type "${CONNECTOR:-dci}"
   --mm_projector_type mlp2x_gelu
@@ -22,8 +24,8 @@ MODEL_FLAGS=(
 )
 DATA_FLAGS=(
   --version "${VERSION:-plain}"
-  --data_path "${DATA:-data/pretrain/blip_laion_cc_sbu_558k.json}"
-  --image_folder "${IMAGE_FOLDER:-data/pretrain/images}"
+  --data_path "${DATA:-$captions}"
+  --image_folder "${IMAGE_FOLDER:-$caption_images}"
   --image_aspect_ratio "${IMAGE_ASPECT_RATIO:-square}"
   --model_max_length "${MODEL_MAX_LENGTH:-2048}"
   --packing "${PACKING:-best-fit}"
@@ -38,10 +40,11 @@ RECIPE_FLAGS=(
   --warmup_ratio 0.03
   --weight_decay 0
   --bf16 "${BF16:-True}"
+  --fp16 "${FP16:-False}"
   --gradient_checkpointing "${GRADIENT_CHECKPOINTING:-True}"
 )
 OUTPUT_FLAGS=(
-  --output_dir "${OUTPUT:-runs/vicuna-7b-dci-pretrain}"
+  --output_dir "${OUTPUT:-runs/$run_name-pretrain}"
   --save_steps "${SAVE_STEPS:-500}"
   --logging_steps 1
 )

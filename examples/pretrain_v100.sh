@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+""":"
+# Stage 1 on GPUs without bf16 (V100, 32 GB): fp16 with loss scaling. 7B and 13B, as the original.
+#
+#   bash examples/pretrain_v100.sh [flags]
+#   PRESET=vicuna-13b TENSOR_PARALLEL=4 bash examples/pretrain_v100.sh
+set -euo pipefail
+export BF16=False FP16=True
+source "$(dirname "${BASH_SOURCE[0]}")/pretrain_dc.sh" "$@"
+: <<'#PYTHON'
+"""
+# Only torchrun gets here: it starts this file with Python in every process. Bash has left with launch above.
+import os
+import sys
+
+os.environ["DC_TORCHRUN_PYTHON"] = sys.executable
+os.execvp("bash", ["bash", os.path.abspath(__file__), *sys.argv[1:]])
+#PYTHON
