@@ -11,6 +11,7 @@ from torch import Tensor
 from dc_megatron.inference.assemble import build_model, load_language_model, load_projector, load_vision_tower
 from dc_megatron.model.multimodal_model import NEWLINE, DenseConnectorModel
 from dc_megatron.training.run import Checked
+from dc_megatron.training.shared_output import refuse_unshared_output
 from dc_megatron.weights.torch_dist_tree import TorchDistTree
 
 
@@ -24,6 +25,8 @@ def make_model_provider(checked: Checked) -> Callable:
 
     def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
         args = get_args()
+        if args.save and args.world_size > 1 and not vp_stage:
+            refuse_unshared_output(args.save)
         model = build_model(
             checked.language,
             checked.vision,

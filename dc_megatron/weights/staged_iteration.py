@@ -59,6 +59,8 @@ class StagedIteration:
             for parent, _, names in os.walk(self.path)
             for name in names
         ]
+        missing = sorted(set(digests) - set(found))
+        assert not missing, f"{self.path}: {missing[:3]} were written by other ranks and are not here"
         # .nfs: files that somebody deleted and somebody else holds open; they vanish by themselves.
         others = (name for name in found if name not in digests and not os.path.basename(name).startswith(".nfs"))
         files = {**digests, **self._digests(others)}
