@@ -6,6 +6,7 @@
 # From the environment:
 #   GPUS_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT   the machines (where torchrun is not the caller)
 #   CUDA_VISIBLE_DEVICES                                     how many GPUs count, where GPUS_PER_NODE does not say it
+#   MAX_RESTARTS                                             how often torchrun starts again after a process died (0)
 #   DC_PRINT_ARGV=1                                          print the final flags instead of running
 #   PRESET DATASET TENSOR_PARALLEL PIPELINE_PARALLEL         see defaults.sh
 
@@ -81,8 +82,16 @@ launch() {
   for word in "$@"; do
     case "$word" in -h | --help | --help-megatron | --help_megatron) exit 0 ;; esac
   done
-  local where=(--standalone)
-  if [ "${NNODES:-1}" != 1 ]; then
+  local where=(--standalone) restarts="${MAX_RESTARTS:-0}"
+  if [ "$restarts" != 0 ]; then
+    # A second start on the first one's store finds the addresses of processes that are dead.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+  fi
+  if [ "${NNODES:-1}" != 1 ] && [ "$restarts" != 0 ]; then
+    # Nodes agree on a new start only where they meet again. They number themselves.
+    where=(--rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-dc_megatron}")
+    where+=(--rdzv-endpoint "${MASTER_ADDR:?set MASTER_ADDR to the first node}:${MASTER_PORT:-29500}")
+  elif [ "${NNODES:-1}" != 1 ]; then
     where=(--node-rank "${NODE_RANK:?set NODE_RANK on every node}")
     where+=(--master-addr "${MASTER_ADDR:?set MASTER_ADDR to the first node}" --master-port "${MASTER_PORT:-29500}")
   elif [ -n "${MASTER_PORT:-}" ]; then
@@ -92,5 +101,5 @@ launch() {
   # and leave them alone; ignored here it is ignored there, and the ranks set their own handler.
   trap '' USR1
   exec "$python" -m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "$processes_per_node" \
-    "${where[@]}" -m dc_megatron.pretrain "$@"
+    --max-restarts "$restarts" "${where[@]}" -m dc_megatron.pretrain "$@"
 }

@@ -222,9 +222,11 @@ def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]
     from dc_megatron.training.dataset_provider import make_dataset_provider
     from dc_megatron.training.forward_step import make_forward_step
     from dc_megatron.training.model_provider import make_model_provider
+    from dc_megatron.training.stall_watch import StallWatch
     from dc_megatron.training.step_images import StepImages
 
     counts, loaders, clock = StepCounts(), [], Clock()
+    stall = StallWatch(args.save or "", args.rank, args.distributed_timeout_minutes)
     if args.save and args.rank == 0:
         os.makedirs(args.save, exist_ok=True)
         write_json(os.path.join(args.save, "resolved_config.json"), run.resolved(checked, words))
@@ -235,6 +237,7 @@ def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]
         dropped_samples=data.index.summary.dropped_samples,
         counts=counts,
         clock=clock,
+        stall=stall,
         loaders=loaders,
     )
     if args.save and args.rank == args.world_size - 1:
@@ -249,6 +252,7 @@ def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]
         # All ranks have loaded by now: nobody looks at the folder any more to decide what.
         if args.save and args.rank == 0:
             clear_staging(args.save)
+        stall.alive()
         clock.lap()
 
     def encoded_ahead(loader):
@@ -269,4 +273,5 @@ def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]
         make_model_provider(checked),
     )
     torch.distributed.barrier()
+    stall.stop()
     torch.distributed.destroy_process_group()

@@ -23,6 +23,7 @@ from dc_megatron.training.metrics import COUNTS, Clock, MetricsFile, StepCounts,
 from dc_megatron.training.model_provider import trained_connector
 from dc_megatron.training.run import Checked
 from dc_megatron.training.sample_pictures import SamplePictures
+from dc_megatron.training.stall_watch import StallWatch
 from dc_megatron.training.step_images import StepImages
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.projector_files import write_projector
@@ -39,6 +40,7 @@ class Session:
     dropped_samples: int
     counts: StepCounts
     clock: Clock
+    stall: StallWatch
     loaders: list[MicroBatches]
     # Where all stages encode images: the iterator of this rank's first chunk.
     step_images: list[StepImages] = field(default_factory=list)
@@ -92,6 +94,7 @@ def _log_hook(original: Callable, session: Session) -> Callable:
         if on_terminal and last_rank and iteration % engine.log_interval == 0:
             print("\r\x1b[K", end="", flush=True)
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+        session.stall.alive()
         total_wait = max((loader.data_wait_seconds for loader in session.loaders), default=0.0)
         totals = _sum_over_ranks(session, learning_rate or 0.0, total_wait - waited)
         waited = total_wait
@@ -178,6 +181,7 @@ def _save_hook(original: Callable, session: Session) -> Callable:
             # A finished run that was started again has trained nothing; its checkpoint is complete already.
             return None
         staged = StagedIteration(folder, iteration)
+        session.stall.alive()
         if rank == 0:
             staged.begin()
         torch.distributed.barrier()
@@ -197,6 +201,7 @@ def _save_hook(original: Callable, session: Session) -> Callable:
         if session.saved_elsewhere is not None:
             session.saved_elsewhere(folder, staged.place)
             session.saved_elsewhere = None
+        session.stall.alive()
         session.clock.lap()
         return result
 

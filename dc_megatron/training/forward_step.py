@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from megatron.core.utils import get_model_config
+from megatron.core.utils import StragglerDetector, get_model_config
 from torch import Tensor
 
 from dc_megatron.model.loss_head import IGNORED
@@ -48,15 +48,19 @@ def make_forward_step(
     ``on_batch`` is told the counts of every micro-batch on the ranks that see its pixels: the first pipeline stage.
     ``band`` compares FP8 with bf16 now and then.
     """
+    # Does nothing without --log-straggler, and where there is no CUDA.
+    stragglers = StragglerDetector()
     loss_function = {"token": _token_loss, "microbatch": _microbatch_loss}[loss_reduction]
 
     def forward_step(data_iterator: Iterator[dict], model) -> tuple[Tensor, Callable]:
-        batch = next(data_iterator)
+        with stragglers(bdata=True):
+            batch = next(data_iterator)
         if on_batch is not None and batch["pixel_values"] is not None:
             on_batch(batch["counts"])
         batch = to_device(with_places(batch), device)
         in_bf16 = band.loss_in_bf16(model, get_model_config(model), batch) if band is not None else None
-        losses = model(batch)
+        with stragglers:
+            losses = model(batch)
         if in_bf16 is not None:
             band.compare(in_bf16, losses)
         return losses, partial(loss_function)

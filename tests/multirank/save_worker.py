@@ -136,7 +136,9 @@ def save(folder: str, iteration: int, tree: str, models: tuple[str, str], stops:
     args = SimpleNamespace(save=folder, consumed_train_samples=8, global_batch_size=4)
     checked = _checked(folder, *models)
     checked.start = SimpleNamespace(resumes=False, iteration=None, folder="")
-    session = engine_hooks.Session(checked, "plan", 0, 0, None, SimpleNamespace(lap=lambda: None), [])
+    session = engine_hooks.Session(
+        checked, "plan", 0, 0, None, SimpleNamespace(lap=lambda: None), SimpleNamespace(alive=lambda: None), []
+    )
     hook = engine_hooks._save_hook(_Engine(args, tree, stops).save_checkpoint, session)
     model = [SimpleNamespace(connector=_Connector(), image_newline=None)]
     os.makedirs(folder, exist_ok=True)
