@@ -16,7 +16,7 @@ import torch
 
 from dc_megatron.config import MERGE_TYPES, ConnectorConfig, LanguageConfig, VisionConfig, layer_table, one_of
 from dc_megatron.errors import UserError
-from dc_megatron.weights.export_plan import Export, json_bytes, portable_text_config
+from dc_megatron.weights.export_plan import TEXT_ARCHITECTURES, Export, json_bytes, portable_text_config
 from dc_megatron.weights.model_parts import (
     NEWLINE,
     PROJECTOR,
@@ -51,8 +51,9 @@ _TYPES = {
     "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
     "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
     "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
+    "qwen3": ("llava_qwen3", "LlavaQwen3ForCausalLM"),
+    "phi": ("llava_phi", "LlavaPhiForCausalLM"),
 }
-_TEXT_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _ASPECT_RATIOS = ("square", "pad", "anyres")
 # The layers that the original's program reads whatever the tower (dc/model/multimodal_projector/dense_connector.py).
 _ORIGINAL_DEPTH = {"clip": 24, "siglip": 27}
@@ -128,7 +129,7 @@ def _text_config(config: dict, what: str) -> dict:
             f" available: {', '.join(_TYPES)}"
         )
     text = {key: value for key, value in config.items() if not _OURS.fullmatch(key)}
-    return {**text, "model_type": family, "architectures": [_TEXT_ARCHITECTURES[family]]}
+    return {**text, "model_type": family, "architectures": [TEXT_ARCHITECTURES[family]]}
 
 
 def _connector(config: dict, what: str) -> ConnectorConfig:

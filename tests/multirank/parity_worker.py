@@ -80,6 +80,17 @@ def build(job: Job):
     return config, chunks
 
 
+@torch.no_grad()
+def logits(job: Job) -> torch.Tensor:
+    """Logits [supervised positions, vocabulary] of the first micro-batch, at one pipeline stage."""
+    from megatron.core import parallel_state
+
+    parallel.start(job.tensor)
+    _, (model,) = build(job)
+    batch = share_pixels(job.micro_batches[0][0], parallel_state.get_tensor_model_parallel_rank(), job.tensor)
+    return model.eval()(batch, positions=(batch["labels"].flatten() != -100).nonzero().squeeze(-1))
+
+
 def _load_connector(model, state: dict) -> None:
     state = dict(state)
     if model.image_newline is not None:

@@ -146,6 +146,10 @@ MAY_DIFFER = {
     "batch_p2p_comm": "its opposite",
 }
 QWEN2 = replace(LLAMA, model_type="qwen2", qkv_bias=True, rope_scaling_factor=None, rope_theta=1e6)
+QWEN3 = replace(LLAMA, model_type="qwen3", qk_norm=True, rope_scaling_factor=None)
+PHI = replace(
+    LLAMA, model_type="phi", parallel_layers=True, rotary_percent=0.5, rope_scaling_factor=None, num_key_value_heads=8
+)
 TIED = replace(LLAMA, tie_word_embeddings=True, rope_scaling_factor=None, num_key_value_heads=8, rms_norm_eps=1e-5)
 
 
@@ -155,6 +159,8 @@ TIED = replace(LLAMA, tie_word_embeddings=True, rope_scaling_factor=None, num_ke
         (LLAMA, "", 1, {}),
         (TIED, "", 1, {}),
         (QWEN2, "", 1, {}),
+        (QWEN3, "", 1, {}),
+        (PHI, "", 1, {}),
         (
             LLAMA,
             "--tensor-model-parallel-size 2 --sequence-parallel --bf16 True",
@@ -172,7 +178,7 @@ TIED = replace(LLAMA, tie_word_embeddings=True, rope_scaling_factor=None, num_ke
             },
         ),
     ],
-    ids=["TP1", "tied, no groups", "biases", "TP2+SP bf16", "PP2 VPP2 fp16"],
+    ids=["TP1", "tied, no groups", "biases", "norms of heads", "phi", "TP2+SP bf16", "PP2 VPP2 fp16"],
 )
 def test_the_configuration_is_the_one_that_the_engine_derives(workers, language, line, world_size, layout):
     arguments = (language, f"--max_steps 3 {line}", world_size)

@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, PhiConfig, Qwen2Config, Qwen3Config
 
 from dc_megatron.config import (
     ConnectorConfig,
@@ -160,7 +160,7 @@ def test_language_model_with_defaults(tmp_path):
     assert language.path == str(tmp_path)
 
 
-@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config])
+@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
 @pytest.mark.parametrize("given", [{}, {"num_attention_heads": 16, "hidden_size": 2048}], ids=["nothing", "some"])
 def test_what_a_configuration_leaves_out_is_the_default_of_transformers(config_class, given):
     """A configuration inside another, as in LLaVA folders, says only what differs."""
@@ -171,6 +171,20 @@ def test_what_a_configuration_leaves_out_is_the_default_of_transformers(config_c
     assert "sliding_window" in names or config_class is LlamaConfig
     assert language.head_dim == 128
     assert language.rope_theta == expected["rope_parameters"]["rope_theta"]
+
+
+def test_phi_in_the_spellings_of_both_transformers():
+    """transformers 4 writes the rotated share beside the rope, 5 into it; what is left out is the class's default."""
+    published = {"model_type": "phi", "hidden_size": 2560, "num_hidden_layers": 32, "partial_rotary_factor": 0.4}
+    for config in (published, PhiConfig(**published).to_dict()):
+        language = LanguageConfig.from_config(config, "config")
+        assert (language.rotary_percent, language.head_dim, language.num_key_value_heads) == (0.4, 80, 32)
+        assert (language.rms_norm_eps, language.rope_theta, language.intermediate_size) == (1e-5, 1e4, 8192)
+        assert language.parallel_layers
+    theirs, ours = PhiConfig(), LanguageConfig.from_config({"model_type": "phi"}, "config")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.rotary_percent == theirs.rope_parameters["partial_rotary_factor"]
 
 
 QWEN2 = {**LLAMA, "model_type": "qwen2", "sliding_window": 4096, "max_window_layers": 2, "rope_theta": 1e6}
@@ -215,10 +229,14 @@ def test_llama3_scaling_in_both_spellings(rope, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "phi3"}, "model_type 'phi3'; available: llama .*, mistral and qwen2"),
+        ({"model_type": "phi3"}, "model_type 'phi3'; available: llama .*, mistral, qwen2 .*, qwen3 and phi"),
         ({"attention_bias": True}, "attention_bias true"),
         ({"mlp_bias": True}, "mlp_bias true"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'; only silu is available with model_type llama"),
+        ({"model_type": "phi", "hidden_act": "gelu"}, "hidden_act 'gelu'; only gelu_new and gelu_pytorch_tanh"),
+        ({"model_type": "phi", "hidden_act": "gelu_new", "qk_layernorm": True}, "qk_layernorm true"),
+        ({"model_type": "phi", "hidden_act": "gelu_new", "tie_word_embeddings": True}, "tie_word_embeddings true"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias true"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear'"),
         ({"model_type": "qwen2", "rope_scaling": {"type": "yarn", "factor": 4}}, "rope type 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 2}}, "low_freq_factor 2"),
