@@ -2,7 +2,7 @@
 
 They read a list of hidden states and concatenate them as channels in front of the projector. SCI is such a list. DCI
 is one too, once the means over its layers are folded into the first linear layer: the block of channels of a mean of
-n layers becomes n blocks, each 1/n of it.
+n layers becomes n blocks, each 1/n of it. Their head has no bias: Phi's becomes part of the final norm and the head.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from dc_megatron.config import (
 from dc_megatron.errors import UserError
 from dc_megatron.weights.derived_tensors import ColumnBlocks, WithZeroRows
 from dc_megatron.weights.export_plan import Export, dtype_name, json_bytes, portable_text_config
-from dc_megatron.weights.language_tables import EMBEDDING, HEAD
+from dc_megatron.weights.folded_bias import FoldedHead
+from dc_megatron.weights.language_tables import EMBEDDING, HEAD, HEAD_BIAS, PHI_FINAL_NORM
 from dc_megatron.weights.model_parts import (
     NEWLINE,
     PROJECTOR,
@@ -43,7 +44,7 @@ from dc_megatron.weights.model_parts import (
 from dc_megatron.weights.names import refuse_wrong_names, refuse_wrong_shape
 from dc_megatron.weights.safetensors_files import open_checkpoint
 from dc_megatron.weights.sti_modeling import ARCHITECTURE, CONFIGURATION, MODEL_TYPE, MODELING, MODELING_FILE
-from dc_megatron.weights.tensor_reader import Merged, Renamed, TensorReader
+from dc_megatron.weights.tensor_reader import InMemory, Merged, Renamed, TensorReader
 from dc_megatron.weights.tokenizer_ids import IMAGE_TOKEN, image_token_id, tokenizer_ids
 
 _KINDS = {"llava": "hf-llava", MODEL_TYPE: "hf-llava", "llava_next": "hf-llava-next"}
@@ -78,7 +79,7 @@ def open_hf_llava(folder: str, config: dict, flag: str, vision_tower: str = "") 
     checkpoint = open_checkpoint(folder, flag)
     names = _sorted_names(checkpoint.names(), what)
     parts: list[TensorReader] = [
-        language_part(checkpoint, names["language"], language, what),
+        _language_part(checkpoint, names["language"], language, what),
         projector_part(checkpoint, names["projector"], vision, connector, language.hidden_size, what),
         _tower_part(checkpoint, names["tower"], vision, connector, what),
     ]
@@ -212,6 +213,17 @@ def _sorted_names(names: list[str], what: str) -> dict[str, dict[str, str]]:
     return found
 
 
+def _language_part(
+    checkpoint: TensorReader, names: dict[str, str], language: LanguageConfig, what: str
+) -> TensorReader:
+    """The language model; a head's bias, which these formats cannot hold, is zero."""
+    if not language.linear_bias:
+        return language_part(checkpoint, names, language, what)
+    kind = checkpoint.dtype(names[HEAD]) if HEAD in names else torch.float32
+    bias = InMemory({HEAD_BIAS: torch.zeros(language.vocab_size, dtype=kind)})
+    return language_part(Merged([checkpoint, bias]), {**names, HEAD_BIAS: HEAD_BIAS}, language, what)
+
+
 def _tower_part(
     checkpoint: TensorReader, names: dict[str, str], vision: VisionConfig, connector: ConnectorConfig, what: str
 ) -> TensorReader:
@@ -289,13 +301,18 @@ def _tensors(model: ModelFolder, tower: TensorReader, rows: int, dtype: torch.dt
     """Everything under our names, with the first linear layer folded and a row for the picture's token."""
     first = f"{PROJECTOR}0.weight"
     folded = model.connector.dense_connector_type in ("sci", "dci")
-    own = [n for n in model.reader.names() if not n.startswith(TOWER) and not (folded and n == first)]
-    parts: list[TensorReader] = [Renamed(model.reader, {name: name for name in own}), tower]
+    head: list[TensorReader] = []
+    if model.language.linear_bias:
+        norm = [f"{PHI_FINAL_NORM}.{part}" for part in ("weight", "bias")]
+        head = [FoldedHead(model.reader, [HEAD, HEAD_BIAS, *norm], dtype, f"--format hf-llava: {model.path}")]
+    computed = {HEAD_BIAS, *([first] if folded else []), *(name for part in head for name in part.names())}
+    own = [n for n in model.reader.names() if not n.startswith(TOWER) and n not in computed]
+    parts: list[TensorReader] = [Renamed(model.reader, {name: name for name in own}), tower, *head]
     if folded:
         blocks = _folded_layers(model.vision, model.connector)[1]
         parts.append(ColumnBlocks(model.reader, first, first, model.vision.hidden_size, blocks, dtype))
-    longer = {name: rows for name in (EMBEDDING, HEAD) if name in own}
-    return WithZeroRows(Merged(parts), longer)
+    merged = Merged(parts)
+    return WithZeroRows(merged, {name: rows for name in (EMBEDDING, HEAD) if name in merged.names()})
 
 
 def _names(model: ModelFolder, tower: TensorReader) -> dict[str, str]:
@@ -306,6 +323,8 @@ def _names(model: ModelFolder, tower: TensorReader) -> dict[str, str]:
     linear = {"0": "linear_1", "2": "linear_2"}
     names = {}
     for name in dict.fromkeys([*model.reader.names(), *tower.names()]):
+        if name == HEAD_BIAS:
+            continue
         if name == HEAD:
             names["language_model.lm_head.weight" if stock else HEAD] = name
         elif name.startswith(PROJECTOR):
@@ -407,6 +426,8 @@ def _notes(model: ModelFolder, image_token: int) -> list[str]:
     ]
     if model.image_aspect_ratio == "square" and model.vision.family == "clip":
         notes.append("trained on square crops (image_aspect_ratio square): the processor must crop and not pad")
+    if model.language.linear_bias:
+        notes.append(f"{HEAD_BIAS} became part of {HEAD} and of the final norm, which stock Llava's head has none for")
     if model.connector.dense_connector_type == "sti":
         notes.append(f"{MODELING_FILE} is code: transformers 5 runs it with trust_remote_code=True")
     return notes
