@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dc_megatron.config import ConnectorConfig
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
 from dc_megatron.errors import UserError
 from dc_megatron.weights import block_stream, durable_files, exporter, safetensors_writer, torch_dist_writer
 from dc_megatron.weights.exporter import export_checkpoint
 from dc_megatron.weights.importer import import_checkpoint
 from dc_megatron.weights.manifest import damaged_files, read_manifest
+from dc_megatron.weights.projector_files import write_projector
 from dc_megatron.weights.verify import verify
-from tests.helpers.llava_folders import llava_folder
+from tests.helpers.llava_folders import llava_folder, random_projector
 from tests.helpers.stop_points import Killed, StopPoints
 from tests.helpers.tiny_models import LANGUAGE_MAKERS, as_old_bin, as_safetensors, tiny_clip, tiny_llama, tiny_siglip
 
@@ -154,6 +155,25 @@ def test_llava_folders_come_in_and_go_out(tmp_path, llama, kind, tower):
     if kind != "sti":
         bring_out(tmp_path / "tree", "hf-llava", tmp_path / "stock")
         assert verify(str(tmp_path / "stock"), str(tmp_path / "tree"), progress=Silent).equal
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi", "mistral", "qwen2_tied"])
+def test_every_format_of_other_families(tmp_path, family):
+    """Over a language model that is no plain Llama: out as LLaVA's and in again, and out as stock Llava."""
+    language, tower = LANGUAGE_MAKERS[family](tmp_path / "made"), tiny_siglip(tmp_path / "tower")
+    connector, vision = ConnectorConfig("dci"), VisionConfig.from_folder(tower)
+    state = random_projector(connector, vision, LanguageConfig.from_folder(language).hidden_size)
+    projector = write_projector(str(tmp_path / "projector"), state, connector, vision)[1]
+    bring_in(language, tmp_path / "tree", vision_tower=tower, projector=projector)
+    bring_out(tmp_path / "tree", "llava", tmp_path / "llava")
+    bring_in(tmp_path / "llava", tmp_path / "again", vision_tower=tower)
+    assert verify(str(tmp_path / "again"), str(tmp_path / "tree"), progress=Silent).equal
+    bring_out(tmp_path / "again", "hf", tmp_path / "back")
+    assert verify(str(tmp_path / "back"), language, progress=Silent).equal
+    for dtype in ("", "bf16"):
+        bring_out(tmp_path / "tree", "hf-llava", tmp_path / f"stock{dtype}", dtype=dtype)
+    assert verify(str(tmp_path / "stock"), str(tmp_path / "tree"), progress=Silent).equal
+    assert verify(str(tmp_path / "tree"), str(tmp_path / "stockbf16"), any_dtype=True, progress=Silent).equal
 
 
 def test_a_checkpoint_can_be_moved(tmp_path, llama):
