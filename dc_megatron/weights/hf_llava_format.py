@@ -138,7 +138,7 @@ def _connector(config: dict, vision: VisionConfig, what: str) -> tuple[VisionCon
     """The connector that reads ``vision_feature_layer``, and ``vision`` with the depth at which it does."""
     if config.get("projector_hidden_act", "gelu") != "gelu" or not config.get("multimodal_projector_bias", True):
         raise UserError(f"{what}: projectors other than linear, gelu, linear with biases are not available")
-    wanted = "default" if vision.family == "clip" else "full"
+    wanted = _strategy(vision)
     strategy = config.get("vision_feature_select_strategy", "default")
     if strategy != wanted:
         raise UserError(
@@ -153,8 +153,8 @@ def _connector(config: dict, vision: VisionConfig, what: str) -> tuple[VisionCon
     found = [layer if layer >= 0 else depth + 1 + layer for layer in ([layers] if single else layers)]
     if not found or not all(0 <= layer <= depth for layer in found):
         raise UserError(f"{what}: vision_feature_layer {layers} of a tower of {depth} layers")
-    if vision.family == "siglip":
-        # Our final feature of SigLIP is the input of the last layer: with another feature the tower ends elsewhere.
+    if vision.about.ends_early:
+        # Our final feature is the input of the last layer: with another feature the tower ends elsewhere.
         vision = replace(vision, num_hidden_layers=found[0] + 1)
         select_layer = -2
     else:
@@ -253,6 +253,11 @@ def hf_llava_export(
     """
     if not model.has_projector:
         raise UserError("--format hf-llava: the model has no projector; --format hf writes the language model")
+    if not model.vision.about.stock_llava:
+        raise UserError(
+            f"--format hf-llava: transformers' Llava was not tried with a {model.vision.family} tower; use --format"
+            " llava"
+        )
     refuse_lost_grid(model, "hf-llava")
     kind = model.connector.dense_connector_type
     if kind == "sti" and model.image_grid_pinpoints is not None:
@@ -371,7 +376,7 @@ def _config(model: ModelFolder, depth: int, image_token: int, rows: int, dtype: 
         "torch_dtype": dtype_name(dtype),
         "vision_config": _vision_config(model, depth),
         "vision_feature_layer": layers,
-        "vision_feature_select_strategy": "default" if vision.family == "clip" else "full",
+        "vision_feature_select_strategy": _strategy(vision),
     }
     if anyres:
         # transformers reads (height, width).
@@ -391,23 +396,16 @@ def _config(model: ModelFolder, depth: int, image_token: int, rows: int, dtype: 
     return config
 
 
+def _strategy(vision: VisionConfig) -> str:
+    """``default`` leaves the token in front of the patches out, ``full`` takes all."""
+    return "default" if vision.num_prefix_tokens else "full"
+
+
 def _vision_config(model: ModelFolder, depth: int) -> dict:
-    vision = model.vision
-    config = {
-        "model_type": f"{vision.family}_vision_model",
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.intermediate_size,
-        "num_hidden_layers": depth,
-        "num_attention_heads": vision.num_attention_heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "hidden_act": vision.hidden_act,
-        "layer_norm_eps": vision.layer_norm_eps,
-    }
-    if vision.family == "clip":
+    config = {"model_type": model.vision.about.model_type, **model.vision.hugging_face_values(depth)}
+    if model.vision.family == "clip":
         return {**config, "projection_dim": (model.tower_config or {}).get("projection_dim", 512)}
-    # The pooling head is in no export: the connectors do not read it.
-    return {**config, "vision_use_head": False}
+    return config
 
 
 def _generation_config(model: ModelFolder, image_token: int) -> dict:
@@ -424,7 +422,7 @@ def _notes(model: ModelFolder, image_token: int) -> list[str]:
         f"'{IMAGE_TOKEN}' is token {image_token}; generation_config.json keeps it from being chosen, and a server that"
         " does not read suppress_tokens from there has to be told"
     ]
-    if model.image_aspect_ratio == "square" and model.vision.family == "clip":
+    if model.image_aspect_ratio == "square" and model.vision.about.crops:
         notes.append("trained on square crops (image_aspect_ratio square): the processor must crop and not pad")
     if model.language.linear_bias:
         notes.append(f"{HEAD_BIAS} became part of {HEAD} and of the final norm, which stock Llava's head has none for")

@@ -15,6 +15,8 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -191,6 +193,19 @@ def tiny_full_siglip(folder, *, layers: int = 6, hidden: int = 32, image_size: i
     )
 
 
+def tiny_dinov2(folder, *, layers: int = 6, hidden: int = 32, image_size: int = 28, seed: int = 0) -> str:
+    """A DINOv2: 16 patches and a class token; a tower of another family than the original's."""
+    config = Dinov2Config(
+        hidden_size=hidden,
+        mlp_ratio=2,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=7,
+    )
+    return _save(Dinov2Model, config, folder, seed)
+
+
 LANGUAGE_MAKERS = {
     "llama": lambda folder: tiny_llama(folder, kv_heads=8),
     "llama_gqa": tiny_llama,
@@ -205,6 +220,7 @@ LANGUAGE_MAKERS = {
 }
 VISION_MAKERS = {
     "clip": tiny_clip,
+    "dinov2": tiny_dinov2,
     "siglip": tiny_siglip,
     "full_clip": tiny_full_clip,
     "full_siglip": tiny_full_siglip,

@@ -6,9 +6,11 @@ import sys
 from dataclasses import fields
 
 import pytest
+import transformers
 from transformers import LlamaConfig, MistralConfig, PhiConfig, Qwen2Config, Qwen3Config
 
 from dc_megatron.config import (
+    TOWERS,
     ConnectorConfig,
     DataConfig,
     DataSource,
@@ -148,9 +150,54 @@ def test_tower_inside_a_full_model_and_its_processor(tmp_path):
 def test_the_folder_of_a_tower_is_judged_by_its_config(tmp_path):
     folder = tmp_path / "clip-vit-large"
     folder.mkdir()
-    write_config(folder, {"model_type": "dinov2"})
-    with pytest.raises(UserError, match=r"--vision_tower .*model_type 'dinov2'.*give a CLIP or SigLIP folder"):
+    write_config(folder, {"model_type": "vit_mae"})
+    with pytest.raises(
+        UserError, match=r"--vision_tower .*model_type 'vit_mae'.*give a folder of one of: clip \(clip_"
+    ):
         VisionConfig.from_folder(str(folder))
+
+
+def test_siglip_2_of_a_fixed_resolution_is_a_siglip():
+    """As published: SigLIP's model_type around the shape of the tower, a text model of another vocabulary."""
+    config = {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "text_config": {"model_type": "siglip_text_model", "vocab_size": 256000},
+        "vision_config": {
+            "hidden_size": 1152,
+            "image_size": 512,
+            "intermediate_size": 4304,
+            "model_type": "siglip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 16,
+        },
+    }
+    vision = VisionConfig.from_config(config, "config")
+    assert (vision.family, vision.num_patches, vision.num_prefix_tokens) == ("siglip", 1024, 0)
+    assert layer_table(vision, ConnectorConfig("sci")).groups == ((7,), (15,))
+    for model_type in ("siglip2", "siglip2_vision_model"):
+        with pytest.raises(UserError, match=r"variable resolution \(NaFlex\), which is not available"):
+            VisionConfig.from_config({**config, "model_type": model_type}, "config")
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_every_family_is_what_transformers_says_of_it(family):
+    """Defaults, names and classes of a row against the classes of transformers."""
+    row = TOWERS[family]
+    config = getattr(transformers, row.config_class)()
+    assert config.model_type == row.model_type
+    assert {name: getattr(config, name) for name in row.defaults} == dict(row.defaults)
+    vision = VisionConfig.from_config({"model_type": row.model_type}, "config")
+    again = type(config)(**vision.hugging_face_values(vision.num_hidden_layers))
+    assert {name: getattr(again, name) for name in row.defaults} == dict(row.defaults)
+    assert getattr(transformers, row.model_class).config_class is type(config)
+
+
+@pytest.mark.parametrize(("entry", "value"), [("use_swiglu_ffn", True), ("qkv_bias", False), ("mlp_ratio", 2.5)])
+def test_a_dinov2_of_another_form_is_refused(entry, value):
+    with pytest.raises(UserError, match=f"config: .*{entry}"):
+        VisionConfig.from_config({"model_type": "dinov2", entry: value}, "config")
 
 
 def test_language_model_with_defaults(tmp_path):

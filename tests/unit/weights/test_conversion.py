@@ -20,7 +20,15 @@ from dc_megatron.weights.projector_files import write_projector
 from dc_megatron.weights.verify import verify
 from tests.helpers.llava_folders import llava_folder, random_projector
 from tests.helpers.stop_points import Killed, StopPoints
-from tests.helpers.tiny_models import LANGUAGE_MAKERS, as_old_bin, as_safetensors, tiny_clip, tiny_llama, tiny_siglip
+from tests.helpers.tiny_models import (
+    LANGUAGE_MAKERS,
+    as_old_bin,
+    as_safetensors,
+    tiny_clip,
+    tiny_dinov2,
+    tiny_llama,
+    tiny_siglip,
+)
 
 
 class Silent:
@@ -136,6 +144,25 @@ def test_a_dtype_of_choice(tmp_path, llama, dtype):
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["torch_dtype"] == str(kind).removeprefix("torch.")
     assert config["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize("kind", ["dci", "sti"])
+def test_a_tower_of_another_family_inside_a_llava_folder(tmp_path, llama, kind):
+    """Its configuration goes along where the tower does; stock Llava was not tried with one, and says so."""
+    tower = tiny_dinov2(tmp_path / "tower")
+    source = llava_folder(tmp_path / "llava", llama, tower, ConnectorConfig(kind))
+    bring_in(source, tmp_path / "tree", vision_tower=tower)
+    bring_out(tmp_path / "tree", "llava", tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(source))
+    with_tower = llava_folder(
+        tmp_path / "whole", llama, tower, ConnectorConfig(kind), inside=True, mm_vision_tower=tower
+    )
+    bring_in(with_tower, tmp_path / "tree2")
+    shutil.rmtree(tmp_path / "tower")
+    bring_out(tmp_path / "tree2", "llava", tmp_path / "back2", tower_name="tower")
+    assert_same(tensors_of(tmp_path / "back2"), tensors_of(with_tower))
+    with pytest.raises(UserError, match="Llava was not tried with a dinov2 tower; use --format llava"):
+        bring_out(tmp_path / "tree2", "hf-llava", tmp_path / "stock")
 
 
 @pytest.mark.parametrize("tower", [tiny_clip, tiny_siglip])
