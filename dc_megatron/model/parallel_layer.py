@@ -19,6 +19,8 @@ class ParallelLayer(TransformerLayer):
         assert not self.recompute_input_layernorm, "the norm's output is read twice; it cannot be recomputed alone"
         self._normed: Tensor | None = None
         self.input_layernorm.register_forward_hook(self._keep)
+        if self.recompute_mlp:
+            self.mlp.register_forward_hook(_with_a_copied_bias)
 
     def _keep(self, _norm, _given: tuple, normed: Tensor) -> None:
         self._normed = self._mlp_input(normed)
@@ -29,6 +31,14 @@ class ParallelLayer(TransformerLayer):
     def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Tensor:
         normed, self._normed = self._normed, None
         return super()._forward_pre_mlp_layernorm(normed)
+
+
+def _with_a_copied_bias(_mlp, _given: tuple, returned: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The MLP's bias is added behind it. Megatron's checkpoint, which returns what the MLP does, would take the very
+    parameter for its own output: it would have the checkpoint as its grad_fn, and the backward pass would never end.
+    """
+    output, bias = returned
+    return output, bias.clone()
 
 
 class LastParallelLayer(LastLayer, ParallelLayer):

@@ -49,8 +49,10 @@ def build(job: Job):
     )
     config = transformer_config(language, layout)
     config.calculate_per_token_loss = job.loss_reduction == "token"
-    if job.recompute:
+    if job.recompute == "full":
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
+    elif job.recompute:
+        config.recompute_granularity, config.recompute_modules = job.recompute, ["mlp"]
     rows = padded_vocab_size(language.vocab_size, job.tensor)
     chunks = []
     for stage in range(job.virtual or 1):

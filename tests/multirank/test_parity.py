@@ -11,6 +11,7 @@ from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
 from dc_megatron.reference.model import ReferenceModel
 from tests.helpers.tiny_models import (
     tiny_clip,
+    tiny_dinov2,
     tiny_llama,
     tiny_phi,
     tiny_qwen2,
@@ -53,6 +54,7 @@ def folders(tmp_path_factory):
         "qwen3": tiny_qwen3(root / "qwen3", vocab_size=1003, num_hidden_layers=2, tie_word_embeddings=True),
         "phi": tiny_phi(root / "phi", num_hidden_layers=2),
         "clip": tiny_clip(root / "clip"),
+        "dinov2": tiny_dinov2(root / "dinov2"),
         "siglip": tiny_siglip(root / "siglip"),
     }
 
@@ -112,6 +114,12 @@ def test_every_connector_and_tower_at_tp2(workers, folders, connector, tower):
     assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
 
 
+@pytest.mark.parametrize("connector", ["sti", "dci"])
+def test_a_tower_of_another_family(workers, folders, connector):
+    job = make_job(folders, tower="dinov2", connector=connector, tensor=2)
+    assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
+
+
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["TP2", "PP2"])
 def test_tied_head_and_llama3_rope(workers, folders, layout):
     job = make_job(folders, language="tied", **layout)
@@ -168,7 +176,7 @@ def test_packed_rows_of_other_families(workers, folders, language, layout):
 
 
 def test_a_head_bias_in_chunks_and_recomputed_layers(workers, folders):
-    job = make_job(folders, language="phi", tensor=2, recompute=True, chunk_bytes=4 * 640 * 7)
+    job = make_job(folders, language="phi", tensor=2, recompute="full", chunk_bytes=4 * 640 * 7)
     results = workers.run(TRAIN, 2, job)
     assert all(result["chunked_rows"] for result in results)
     assert_first_step_equal(job, results, parity.run_reference(job))
@@ -200,8 +208,10 @@ def test_virtual_pipeline(workers, folders):
     assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
 
 
-def test_full_recompute_changes_nothing(workers, folders):
-    job = make_job(folders, tensor=2, recompute=True)
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("language", ["llama", "phi"])
+def test_recomputing_changes_nothing(workers, folders, language, recompute):
+    job = make_job(folders, language=language, tensor=2, recompute=recompute)
     assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
 
 
