@@ -119,6 +119,8 @@ class LanguageConfig:
     # Phi's form: attention and MLP side by side behind one LayerNorm; an MLP of two linears with tanh-approximated GELU
     # between them; biases on every linear, the head's included.
     parallel_layers: bool = False
+    # Dropout behind attention and MLP that config.json asks for (Phi-2: 0.1). Training has none unless it is asked to.
+    residual_dropout: float = 0.0
     path: str = ""
 
     @property
@@ -179,6 +181,7 @@ class LanguageConfig:
             qk_norm=model_type == "qwen3",
             rotary_percent=_rotary_percent(model_type, values, rope),
             parallel_layers=model_type == "phi",
+            residual_dropout=float(values.get("resid_pdrop") or 0.0),
             path=path,
         )
 

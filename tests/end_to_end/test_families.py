@@ -57,11 +57,13 @@ def test_a_family_trains_resumes_and_leaves(workspace, tmp_path, name):
 
     def train(steps: int, **layout) -> None:
         words = training_flags(
-            {**workspace, "llama": model}, output, version=family.version, packing="best-fit", seq_length=256,
+            {**workspace, "llama": model}, output, version=family.version,
+            model_max_length=192, packing="best-fit", seq_length=256,
             micro_batch_size=None, global_batch_size=2, max_steps=steps, log_images=0, save_steps=4,
             learning_rate=3e-3, lr_scheduler_type="constant", **layout,
         )  # fmt: skip
-        run([*torchrun(2), *TRAIN, *words], output / f"logs{steps}").assert_succeeded()
+        done = run([*torchrun(2), *TRAIN, *words], output / f"logs{steps}").assert_succeeded()
+        assert ("--hidden-dropout 0.1 drops there" in done.output) == (name == "phi-2")
 
     train(4, **{"tensor-model-parallel-size": 2, "sequence-parallel": True, "recompute": "selective"})
     train(8, **{"pipeline-model-parallel-size": 2, "recompute": "full"})
