@@ -12,7 +12,7 @@ import torch
 
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, padded_vocab_size
 from tests.helpers.language_shapes import LLAMA
-from tests.helpers.tiny_models import tiny_clip, tiny_llama
+from tests.helpers.tiny_models import tiny_clip, tiny_llama, tiny_qwen3
 from tests.multirank import parity
 from tests.multirank.job import Job
 
@@ -122,7 +122,10 @@ def test_a_connector_given_by_a_file_survives_the_next_load_only(workers, job):
     assert "connector.mlp.0.weight" in got["missing"]
 
 
-def test_checkpoints_are_alike_with_and_without_transformer_engines_norm(workers, job, tmp_path):
+@pytest.mark.parametrize("norms_of_heads", [False, True])
+def test_checkpoints_are_alike_with_and_without_transformer_engines_norm(workers, job, tmp_path, norms_of_heads):
+    if norms_of_heads:
+        job = replace(job, language_folder=tiny_qwen3(tmp_path / "qwen3", num_hidden_layers=2))
     (got,) = workers.run(f"{WORKER}:idle_state", 1, job, str(tmp_path))
     assert got["keys"]["torch"] == got["keys"]["transformer engine"]
     assert got["exchanged"]
