@@ -36,6 +36,7 @@ from dc_megatron.config.tiling import (
     read_pinpoints,
     tiling_of_flags,
 )
+from dc_megatron.config.towers import TOWERS, TowerFamily, tower_family
 from dc_megatron.config.vision import VisionConfig
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "PROJECTOR_TYPES",
     "STI_POOL",
     "TEMPLATES",
+    "TOWERS",
     "ConnectorConfig",
     "DataConfig",
     "DataSource",
@@ -53,6 +55,7 @@ __all__ = [
     "LanguageConfig",
     "LayerTable",
     "PictureTiles",
+    "TowerFamily",
     "VisionConfig",
     "best_resolution",
     "check_parallel_layout",
@@ -71,4 +74,5 @@ __all__ = [
     "read_pinpoints",
     "refuse_quantised",
     "tiling_of_flags",
+    "tower_family",
 ]

@@ -38,7 +38,8 @@ def linear_parameters(language: LanguageConfig) -> int:
     queries = language.num_attention_heads * language.head_dim
     keys = language.num_key_value_heads * language.head_dim
     attention = language.hidden_size * (2 * queries + 2 * keys)
-    return language.num_hidden_layers * (attention + 3 * language.hidden_size * language.intermediate_size)
+    mlp = (3 if language.gated_mlp else 2) * language.hidden_size * language.intermediate_size
+    return language.num_hidden_layers * (attention + mlp)
 
 
 def tower_flops(vision: VisionConfig, connector: ConnectorConfig) -> float:

@@ -143,9 +143,22 @@ def _language_parameters(run: Run, stage: int) -> tuple[float, float, float]:
     table = padded_vocab_size(language.vocab_size, run.tensor) * language.hidden_size / run.tensor
     # A tied head is one more table only where it is not on the embedding's stage.
     tables = (stage == 0) + (stage == last and not (language.tie_word_embeddings and last == 0))
-    norms = language.hidden_size * (2 * layers + (stage == last))
+    vectors = _vectors(run, layers, stage == last)
     has_tower = stage == 0 or run.tower_on_all_stages
-    return linear + tables * table + norms, _tower_parameters(run) if has_tower else 0, linear
+    return linear + tables * table + vectors, _tower_parameters(run) if has_tower else 0, linear
+
+
+def _vectors(run: Run, layers: int, last: bool) -> float:
+    """Parameters of norms and of biases, of which those of divided outputs are divided too."""
+    language, hidden = run.language, run.language.hidden_size
+    fused = (language.num_attention_heads + 2 * language.num_key_value_heads) * language.head_dim / run.tensor
+    biases = fused * (language.qkv_bias or language.linear_bias)
+    if language.linear_bias:
+        biases += language.intermediate_size / run.tensor + 2 * hidden
+    norms = hidden * (1 + language.layer_norm)
+    of_layers = layers * (language.norms_per_layer * norms + 2 * language.head_dim * language.qk_norm + biases)
+    head = padded_vocab_size(language.vocab_size, run.tensor) / run.tensor if language.linear_bias else 0
+    return of_layers + last * (norms + head)
 
 
 def _tower_parameters(run: Run) -> int:
@@ -180,17 +193,20 @@ def _layer(run: Run) -> _Layer:
     inner = language.intermediate_size / run.tensor
     # Kept for the gradient of a weight only.
     kept = (1 if run.numbers.fp8 else number) * learns
-    mlp = 2 * inner * number + (hidden + inner) * kept
+    # Of two linears behind one norm the norm's output counts once, with attention.
+    own_norm = hidden if language.norms_per_layer == 2 else 0
+    widths = 2 if language.gated_mlp else 1
+    mlp = widths * inner * number + (own_norm + inner) * kept
     softmax = 4 * language.num_attention_heads / run.tensor
     attention = (2 * queries + 2 * keys) * number + softmax + hidden * kept
     if run.numbers.fp8 and learns:
         attention += queries
-    whole = mlp + attention + 2 * hidden * number
+    whole = mlp + attention + language.norms_per_layer * hidden * number
     return _Layer(
         all=run.positions * whole,
         mlp=run.positions * mlp,
         input=run.positions * hidden * number,
-        backward=run.positions * number * (3 * inner + 2 * hidden),
+        backward=run.positions * number * ((1 + widths) * inner + 2 * hidden),
     )
 
 
