@@ -1,9 +1,10 @@
-"""The frozen Hugging Face vision tower, cut off above the highest layer that the connector reads."""
+"""The Hugging Face vision tower, cut off above the highest layer that the connector reads; frozen, or learning."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from dc_megatron.config import LayerTable, VisionConfig
@@ -32,11 +33,11 @@ class _QuickGelu(nn.Module):
         return _QuickGelu._fused(hidden)
 
 
-class FrozenVisionTower(nn.Module):
-    """CLIP or SigLIP without gradients: pixels in, the hidden states that ``table`` names out.
+class VisionTower(nn.Module):
+    """CLIP or SigLIP: pixels in, the hidden states that ``table`` names out. Frozen until ``set_learning``.
 
     Layers from ``table.deepest`` on are never built: their output is not read. The tower stays in evaluation mode
-    whatever ``train()`` is called on its parents.
+    whatever ``train()`` is called on its parents: it has no dropout that would make a difference.
     """
 
     def __init__(self, vision: VisionConfig, table: LayerTable):
@@ -60,11 +61,31 @@ class FrozenVisionTower(nn.Module):
                 layer.mlp.activation_fn = _QuickGelu()
         self.num_layers = table.deepest
         self.num_prefix_tokens = vision.num_prefix_tokens
-        self.requires_grad_(False)
+        self.recompute = False
+        self.set_learning(False)
         self.eval()
 
-    def train(self, mode: bool = True) -> FrozenVisionTower:
-        """Stay in evaluation mode: the tower does not train."""
+    def set_learning(self, learns: bool, recompute: bool = False) -> None:
+        """Whether parameters learn; with ``recompute`` a layer keeps its input alone for the backward pass.
+
+        A rank sees its share of the images only (see ``image_shares``), so gradients are a part of the sum over the
+        tensor-parallel group: megatron-core reduces what carries the attribute when it finalises gradients.
+        """
+        self.recompute = recompute
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad = learns and is_read(name)
+            parameter.average_gradients_across_tp_domain = parameter.requires_grad
+
+    @property
+    def learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def read_state(self) -> dict[str, nn.Parameter]:
+        """The parameters that are computed with, by Hugging Face's names: what a checkpoint holds of the tower."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if is_read(name)}
+
+    def train(self, mode: bool = True) -> VisionTower:
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -76,7 +97,6 @@ class FrozenVisionTower(nn.Module):
             assert above or "post_layernorm" in name or "head." in name, f"vision tower has no place for {name}"
         self.model.load_state_dict({name: state.get(name, own[name]) for name in own})
 
-    @torch.no_grad()
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Hidden states 0 .. deepest of the encoder as HF numbers them, without prefix tokens.
 
@@ -87,6 +107,14 @@ class FrozenVisionTower(nn.Module):
             hidden = self.model.pre_layrnorm(hidden)
         states = [hidden]
         for layer in self.model.encoder.layers:
-            hidden = layer(hidden, attention_mask=None)
+            if self.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, attention_mask=None, use_reentrant=False)
+            else:
+                hidden = layer(hidden, attention_mask=None)
             states.append(hidden)
         return [state[:, self.num_prefix_tokens :] for state in states]
+
+
+def is_read(name: str) -> bool:
+    """Whether the forward pass computes with a parameter: the norm behind the last layer it does not."""
+    return not name.startswith("post_layernorm.")

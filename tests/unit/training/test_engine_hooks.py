@@ -13,9 +13,10 @@ def hooks(workers) -> dict[str, dict]:
     return {row["target"].split(":")[1]: row for row in rows}
 
 
-def test_exactly_four_functions_are_wrapped_each_with_a_reason(hooks):
+def test_exactly_five_functions_are_wrapped_each_with_a_reason(hooks):
     assert sorted(row["target"] for row in hooks.values()) == [
         "megatron.training.checkpointing:_load_base_checkpoint",
+        "megatron.training.training:get_megatron_optimizer",
         "megatron.training.training:save_checkpoint",
         "megatron.training.training:training_log",
         "megatron.training.wandb_utils:on_save_checkpoint_success",
@@ -34,6 +35,15 @@ def test_training_log_takes_and_gets_what_the_hook_reads(hooks):
     assert positional[:8] == expected
     # An argument that the hook names must not come by keyword as well.
     assert not set(row["keywords"][0]) & set(row["wrapped"])
+
+
+def test_the_optimizer_takes_and_gets_what_the_hook_reads(hooks):
+    row = hooks["get_megatron_optimizer"]
+    assert row["parameters"][:3] == ["config", "model_chunks", "config_overrides"]
+    assert row["wrapped"] == ["config", "model_chunks", "config_overrides", "more"]
+    (positional,), (keywords,) = row["positional"], row["keywords"]
+    assert positional == ["config", "model"]
+    assert "config_overrides" in keywords
 
 
 def test_save_checkpoint_takes_and_gets_what_the_hook_reads(hooks):
