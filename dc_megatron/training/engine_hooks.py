@@ -21,7 +21,7 @@ from dc_megatron.training.forward_step import LOSS_NAME
 from dc_megatron.training.fp8_band import Fp8Band
 from dc_megatron.training.metrics import COUNTS, Clock, MetricsFile, StepCounts, progress_line
 from dc_megatron.training.model_provider import trained_connector
-from dc_megatron.training.parameter_groups import group_overrides, present_rates
+from dc_megatron.training.parameter_groups import fill_moments, group_overrides, present_rates
 from dc_megatron.training.resume import what_learns
 from dc_megatron.training.run import Checked
 from dc_megatron.training.sample_pictures import SamplePictures
@@ -124,7 +124,7 @@ def _log_hook(original: Callable, session: Session) -> Callable:
             "data_wait_seconds": round(totals["wait"], 6),
         }
         if engine.fp16:
-            # The step was not taken where a gradient overflowed at this scale; the next one is lower.
+            # As the engine's log: the scale of the next step, which an overflow has lowered (from the second one on).
             entry["loss_scale"], entry["skipped"] = float(args[0]), bool(args[2])
         if session.band is not None:
             entry["fp8_loss_difference"] = session.band.take()
@@ -200,6 +200,7 @@ def _save_hook(original: Callable, session: Session) -> Callable:
             staged.begin()
         torch.distributed.barrier()
         engine.save = staged.root
+        fill_moments(session.optimizer)
         try:
             result = original(iteration, model, *args, **kwargs)
         finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron.core.optimizer import OptimizerConfig, ParamKey, get_standard_config_overrides
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_standard_config_overrides
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import nn
@@ -65,3 +65,14 @@ def present_rates(groups: Sequence[dict], base: float, rates: dict[str, float]) 
     """The learning rates of now: of what has none of its own (None: there is no such group), and part by part."""
     by_peak = {group["max_lr"]: float(group["lr"]) for group in groups if "lr" in group}
     return by_peak.get(base), {part: by_peak[rate] for part, rate in rates.items() if rate in by_peak}
+
+
+def fill_moments(optimizer: MegatronOptimizer) -> None:
+    """Give Adam the zero moments that it makes in its first step, where none was taken yet.
+
+    In fp16 the first steps may all overflow and be skipped; megatron-core's distributed optimizer then finds nothing
+    where it looks for moments to save, and the run would end there.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is not None and not part.optimizer.state and part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer, part.config)
