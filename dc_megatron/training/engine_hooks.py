@@ -92,9 +92,9 @@ def _log_hook(original: Callable, session: Session) -> Callable:
         last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         if on_terminal and last_rank and iteration % engine.log_interval == 0:
             print("\r\x1b[K", end="", flush=True)
-        rates = _rates(session)
+        rates = part_rates(session)
         # Megatron knows no rate where every part that learns has one of its own.
-        learning_rate = next(iter(rates.values()), None) if learning_rate is None else learning_rate
+        learning_rate = rates["lr"] if learning_rate is None else learning_rate
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
         total_wait = max((loader.data_wait_seconds for loader in session.loaders), default=0.0)
         totals = _sum_over_ranks(session, rates, total_wait - waited)
@@ -144,15 +144,18 @@ def _log_hook(original: Callable, session: Session) -> Callable:
     return training_log
 
 
-def _rates(session: Session) -> dict[str, float]:
+def part_rates(session: Session) -> dict[str, float]:
     """Names in metrics.jsonl -> learning rates of this rank's groups; 0 where it has none, the same names on all ranks.
 
-    ``lr`` is that of --learning_rate; parts that have one of their own follow, as ``lr_connector``.
+    ``lr`` is that of --learning_rate, or the connector's where nothing learns at it. Parts with a rate of their own
+    follow, as ``lr_connector``.
     """
     settings = session.checked.settings
     base, parts = present_rates(session.optimizer.param_groups, settings.learning_rate, settings.own_rates)
     own = {f"lr_{part}": parts.get(part, 0.0) for part in settings.own_rates}
-    return own if set(settings.trainable) <= set(settings.own_rates) else {"lr": base or 0.0, **own}
+    if set(settings.trainable) <= set(settings.own_rates):
+        base = own["lr_connector"]
+    return {"lr": base or 0.0, **own}
 
 
 def _sum_over_ranks(session: Session, rates: dict[str, float], wait: float) -> dict[str, float]:

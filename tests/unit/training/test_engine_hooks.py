@@ -87,6 +87,23 @@ def test_others_hear_of_a_checkpoint_when_it_is_in_its_place(hooks, workers):
     assert told == ("run/iter_0000004", "run/latest_checkpointed_iteration.txt", "run", 4)
 
 
+@pytest.mark.parametrize(
+    ("flags", "peaks", "expected"),
+    [
+        ("", [1e-3, 1e-3], {"lr": 5e-4}),
+        ("--mm_projector_lr 1e-2", [1e-3, 1e-2], {"lr": 5e-4, "lr_connector": 5e-3}),
+        # Stage 1: the connector alone, at a rate of its own.
+        ("--trainable connector --mm_projector_lr 1e-2", [1e-2], {"lr": 5e-3, "lr_connector": 5e-3}),
+        # A stage that has nothing which learns knows no rates, and the same names.
+        ("--mm_projector_lr 1e-2", [], {"lr": 0.0, "lr_connector": 0.0}),
+    ],
+)
+def test_metrics_name_the_rate_of_every_part(workers, flags, peaks, expected):
+    groups = [{"max_lr": peak, "lr": peak / 2} for peak in peaks]
+    (found,) = workers.run(f"{WORKER}:part_rates", 1, ["--learning_rate", "1e-3", *flags.split()], groups)
+    assert found == expected
+
+
 def test_install_puts_a_wrapper_around_each_original(workers):
     (report,) = workers.run(f"{WORKER}:installed_and_removed", 1)
     assert report == dict.fromkeys(report, True)
