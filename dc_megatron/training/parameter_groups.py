@@ -67,12 +67,13 @@ def present_rates(groups: Sequence[dict], base: float, rates: dict[str, float]) 
     return by_peak.get(base), {part: by_peak[rate] for part, rate in rates.items() if rate in by_peak}
 
 
-def fill_moments(optimizer: MegatronOptimizer) -> None:
-    """Give Adam the zero moments that it makes in its first step, where none was taken yet.
+def fill_moments(optimizer: MegatronOptimizer | None) -> None:
+    """Give Adam, where there is one, the zero moments that it makes in its first step, where none was taken yet.
 
     In fp16 the first steps may all overflow and be skipped; megatron-core's distributed optimizer then finds nothing
     where it looks for moments to save, and the run would end there.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    parts = [] if optimizer is None else getattr(optimizer, "chained_optimizers", [optimizer])
+    for part in parts:
         if part.optimizer is not None and not part.optimizer.state and part.init_state_fn is not None:
             part.init_state_fn(part.optimizer, part.config)
