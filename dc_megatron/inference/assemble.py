@@ -10,10 +10,11 @@ from dc_megatron.config import ConnectorConfig, ImageTiling, LanguageConfig, Vis
 from dc_megatron.model.dense_connector import DenseConnector, initial_newline
 from dc_megatron.model.language_model import build_language_model
 from dc_megatron.model.multimodal_model import NEWLINE, DenseConnectorModel
-from dc_megatron.model.vision_tower import FrozenVisionTower
+from dc_megatron.model.vision_tower import VisionTower
 from dc_megatron.weights.language_loading import LanguageWeights
 from dc_megatron.weights.projector_files import read_projector
-from dc_megatron.weights.torch_dist_tree import check_tree
+from dc_megatron.weights.torch_dist_tree import TorchDistTree, check_tree
+from dc_megatron.weights.tree_tables import TOWER_KEY
 from dc_megatron.weights.vision_tables import vision_state_dict
 
 
@@ -58,7 +59,7 @@ def build_model(
         vocab_size=language.vocab_size,
         dense_connector_type=connector.dense_connector_type,
         layer_table=table,
-        vision_tower=FrozenVisionTower(vision, table) if has_tower else None,
+        vision_tower=VisionTower(vision, table) if has_tower else None,
         connector=DenseConnector(vision, connector, language.hidden_size, seed) if pre_process else None,
         image_newline=initial_newline(language.hidden_size, seed) if has_newline else None,
         packed=packed,
@@ -66,7 +67,7 @@ def build_model(
 
 
 def load_vision_tower(model: DenseConnectorModel, vision: VisionConfig, connector: ConnectorConfig) -> None:
-    """Fill the frozen tower from its folder; nothing to do where there is none."""
+    """Fill the tower from its folder; nothing to do where there is none."""
     if model.vision_tower is not None:
         model.vision_tower.load(vision_state_dict(vision.path, vision, connector))
 
@@ -119,5 +120,11 @@ def load_checkpoint(model: DenseConnectorModel, folder: str) -> None:
     from megatron.core import dist_checkpointing
 
     check_tree(folder)
+    model.tower_is_stored = holds_tower(folder)
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, folder)
     model.load_state_dict(state["model"])
+
+
+def holds_tower(folder: str, flag: str = "--load") -> bool:
+    """Whether one iteration's ``torch_dist`` folder holds a vision tower, which was trained then."""
+    return TorchDistTree(folder, flag).has(TOWER_KEY)

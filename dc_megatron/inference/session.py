@@ -10,6 +10,7 @@ from torch import Tensor
 from dc_megatron.config import padded_vocab_size
 from dc_megatron.inference.source import Resolved, check_world
 from dc_megatron.runtime import device, installed, parallel, patches
+from dc_megatron.weights.projector_sources import refuse_other_tower
 
 
 class Runner:
@@ -109,6 +110,7 @@ def _build(resolved: Resolved, seed: int):
     )
     assemble.load_vision_tower(model, resolved.vision, resolved.connector)
     if source.projector:
+        refuse_other_tower(source.projector, resolved.vision.path)
         type_named = bool(source.dense_connector_type)
         newline = "required" if resolved.tiling.has_newline else "none"
         assemble.load_projector(model, source.projector, resolved.vision, resolved.connector, type_named, newline)

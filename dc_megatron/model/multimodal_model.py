@@ -17,12 +17,14 @@ from torch import Tensor
 from dc_megatron.config import LayerTable, image_share
 from dc_megatron.model.dense_connector import DenseConnector, join_features
 from dc_megatron.model.frozen_casts import keep_frozen_casts
+from dc_megatron.model.image_shares import gather_shares
 from dc_megatron.model.last_layer import LastLayer, ask_for_rows, wanted_rows
 from dc_megatron.model.loss_head import HeadRequest, head
-from dc_megatron.model.vision_tower import FrozenVisionTower
+from dc_megatron.model.vision_tower import VisionTower
 
-TRAINABLE_PARTS = ("connector", "llm")
+TRAINABLE_PARTS = ("connector", "llm", "vision_tower")
 NEWLINE = "image_newline"
+TOWER = "vision_tower."
 # Of the longest sample of a row, as kernels are told.
 _LENGTH_STEP = 512
 # Transformer Engine's norms announce a state that never holds anything, torch's norms announce none. Left out of
@@ -37,7 +39,8 @@ class DenseConnectorModel(MegatronModule):
     image_newline: the start, float32 [h], of the vector that ends every row of patches of an AnyRes picture under
     spatial_unpad; None off the first stage and without that. It is trained with the connector.
 
-    Checkpoint keys: ``language_model.*``, ``connector.*`` and ``image_newline``; the frozen tower is not saved.
+    Checkpoint keys: ``language_model.*``, ``connector.*`` and ``image_newline``; ``vision_tower.*`` (Hugging Face's
+    names) where the tower has been trained. A tower as it was published is not saved.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class DenseConnectorModel(MegatronModule):
         vocab_size: int,
         dense_connector_type: str,
         layer_table: LayerTable,
-        vision_tower: FrozenVisionTower | None,
+        vision_tower: VisionTower | None,
         connector: DenseConnector | None,
         image_newline: Tensor | None = None,
         packed: bool = False,
@@ -64,6 +67,9 @@ class DenseConnectorModel(MegatronModule):
         # numbers: the next load of a checkpoint then leaves it alone.
         self.connector_is_given = False
         self.newline_is_given = False
+        # Set where checkpoints hold the tower, and where the next one that is loaded does not yet.
+        self.tower_is_stored = False
+        self.tower_is_given = False
         # What megatron-core's schedules and gradient finalisation read of a model.
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
@@ -83,7 +89,7 @@ class DenseConnectorModel(MegatronModule):
         """The tied embedding, for the schedule's gradient reduction between first and last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def set_trainable(self, parts: set[str]) -> None:
+    def set_trainable(self, parts: set[str], recompute_tower: bool = False) -> None:
         """Freeze everything that ``parts`` (of TRAINABLE_PARTS) does not name."""
         unknown = set(parts) - set(TRAINABLE_PARTS)
         assert not unknown, f"unknown trainable parts {unknown}"
@@ -93,6 +99,9 @@ class DenseConnectorModel(MegatronModule):
             self.connector.requires_grad_("connector" in parts)
         if self.image_newline is not None:
             self.image_newline.requires_grad_("connector" in parts)
+        if self.vision_tower is not None:
+            self.vision_tower.set_learning("vision_tower" in parts, recompute_tower)
+            self.tower_is_stored |= "vision_tower" in parts
 
     def forward(self, batch: dict, positions: Tensor | None = None) -> Tensor:
         """One micro-batch (the batch contract of the data room).
@@ -163,8 +172,7 @@ class DenseConnectorModel(MegatronModule):
         elif self.connector is not None and next(self.connector.parameters()).requires_grad:
             # Every trained parameter must take part in every micro-batch: an overlapped gradient reduction waits for
             # all of a bucket.
-            first = next(self.connector.parameters())
-            idle = self.connector(first.new_zeros(1, self.connector.input_size)).sum()
+            idle = self.connector(self._idle_features()).sum()
             if self.image_newline is not None:
                 idle = idle + self.image_newline.sum()
             embeddings = embeddings + idle.to(embeddings.dtype) * 0.0
@@ -172,38 +180,44 @@ class DenseConnectorModel(MegatronModule):
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
         return embeddings
 
+    def _idle_features(self) -> Tensor:
+        """Something for the connector where a micro-batch has no images; of a blank one where the tower learns."""
+        weight = self.connector.mlp[0].weight
+        if not self.vision_tower.learns:
+            return weight.new_zeros(1, self.connector.input_size)
+        size = self.vision_tower.model.config.image_size
+        states = self.vision_tower(weight.new_zeros(1, 3, size, size))
+        return join_features(states, self.layer_table, self.dense_connector_type)
+
     def image_features(self, pixels: Tensor, num_images: int) -> Tensor:
         """Features [num_images, tokens, h] of a micro-batch, as ``joined_features`` and the connector make them.
 
-        The connector runs on all of them on every rank: its gradients are whole everywhere and need no reduction.
+        The connector runs on all of them on every rank: its gradients are whole everywhere and need no reduction. Those
+        of a tower that learns do (see ``VisionTower.set_learning``).
         """
         return self.connector(self.joined_features(pixels, num_images))
 
     def joined_features(self, pixels: Tensor, num_images: int) -> Tensor:
         """What enters the connector, [num_images, tokens, channels], of tiles that the tensor-parallel group shares.
 
-        num_images counts tiles; pixels [k, 3, H, W] is this rank's share of them (see config.image_share). Frozen
+        num_images counts tiles; pixels [k, 3, H, W] is this rank's share of them (see config.image_share). The tower's
         features are gathered.
         """
         group = self.pg_collection.tp
         # The first rank's is the widest; the others fill up to it.
         share = len(image_share(num_images, 0, group.size()))
         weight = self.connector.mlp[0].weight
-        with torch.no_grad():
-            padded = pixels.to(weight.dtype)
-            if group.size() > 1 and padded.shape[0] < share:
-                missing = padded.new_zeros(share - padded.shape[0], *padded.shape[1:])
-                padded = torch.cat([padded, missing])
-            joined = join_features(self.vision_tower(padded), self.layer_table, self.dense_connector_type)
-            if group.size() > 1:
-                gathered = joined.new_empty(share * group.size(), *joined.shape[1:])
-                torch.distributed.all_gather_into_tensor(gathered, joined.contiguous(), group=group)
-                joined = gathered[:num_images]
+        padded = pixels.to(weight.dtype)
+        if group.size() > 1 and padded.shape[0] < share:
+            missing = padded.new_zeros(share - padded.shape[0], *padded.shape[1:])
+            padded = torch.cat([padded, missing])
+        joined = join_features(self.vision_tower(padded), self.layer_table, self.dense_connector_type)
+        joined = gather_shares(joined, group)[:num_images]
         assert joined.shape[0] == num_images, f"{joined.shape[0]} images encoded, {num_images} expected"
         return joined
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Checkpoint entries of this rank, without the frozen tower."""
+        """Checkpoint entries of this rank, without a tower that was never trained."""
         state = self.language_model.sharded_state_dict(f"{prefix}language_model.", sharded_offsets, metadata)
         state = {name: value for name, value in state.items() if not name.endswith(_IDLE_STATE)}
         if self.connector is not None and not self.connector_is_given:
@@ -216,10 +230,15 @@ class DenseConnectorModel(MegatronModule):
                     tp_group=self.pg_collection.tp,
                 )
             )
+        replicated = {}
         if self.image_newline is not None and not self.newline_is_given:
+            replicated[NEWLINE] = self.image_newline
+        if self.vision_tower is not None and self.tower_is_stored and not self.tower_is_given:
+            replicated |= {TOWER + name: value for name, value in self.vision_tower.read_state().items()}
+        if replicated:
             state.update(
                 make_sharded_tensors_for_checkpoint(
-                    {NEWLINE: self.image_newline},
+                    replicated,
                     prefix,
                     sharded_offsets=sharded_offsets,
                     tp_group=self.pg_collection.tp,
@@ -234,8 +253,8 @@ class DenseConnectorModel(MegatronModule):
         return {name: value for name, value in state.items() if not name.startswith(f"{prefix}vision_tower.")}
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As torch; a frozen tower, a connector that was given by a file and the norm's idle state may be missing."""
-        own = self.vision_tower.state_dict(prefix="vision_tower.") if self.vision_tower is not None else {}
+        """As torch; a tower that is not stored, a connector that was given, the norm's idle state may be missing."""
+        own, state_dict = self._own_tower(state_dict)
         if self.connector_is_given:
             own.update(self.connector.state_dict(prefix="connector."))
             self.connector_is_given = False
@@ -248,3 +267,17 @@ class DenseConnectorModel(MegatronModule):
                 own[state] = None
         state_dict = {**state_dict, **own}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _own_tower(self, state_dict: dict) -> tuple[dict, dict]:
+        """(what of the tower stays as it is, ``state_dict`` with the tower's tensors under their names here)."""
+        if self.vision_tower is None:
+            return {}, state_dict
+        own = self.vision_tower.state_dict(prefix=TOWER)
+        if self.tower_is_stored and not self.tower_is_given:
+            stored = {f"{TOWER}model.{name}" for name in self.vision_tower.read_state()}
+            own = {name: value for name, value in own.items() if name not in stored}
+        self.tower_is_given = False
+        return own, {
+            f"{TOWER}model.{name.removeprefix(TOWER).removeprefix('model.')}" if name.startswith(TOWER) else name: value
+            for name, value in state_dict.items()
+        }

@@ -1,10 +1,13 @@
-"""The frozen Hugging Face vision tower, cut off above the highest layer that the connector reads."""
+"""The Hugging Face vision tower, cut off above the highest layer that the connector reads; frozen, or learning."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dc_megatron.config import LayerTable, VisionConfig
 
@@ -27,11 +30,11 @@ class _QuickGelu(nn.Module):
         return _QuickGelu._fused(hidden)
 
 
-class FrozenVisionTower(nn.Module):
-    """A tower without gradients: pixels in, the hidden states that ``table`` names out.
+class VisionTower(nn.Module):
+    """A tower: pixels in, the hidden states that ``table`` names out. Frozen until ``set_learning``.
 
     Layers from ``table.deepest`` on are never built: their output is not read. The tower stays in evaluation mode
-    whatever ``train()`` is called on its parents.
+    whatever ``train()`` is called on its parents: it has no dropout that would make a difference.
     """
 
     def __init__(self, vision: VisionConfig, table: LayerTable):
@@ -50,11 +53,34 @@ class FrozenVisionTower(nn.Module):
         self._blocks, self._optional = family.blocks, family.optional
         self.num_layers = table.deepest
         self.num_prefix_tokens = vision.num_prefix_tokens
-        self.requires_grad_(False)
+        self.set_learning(False)
         self.eval()
 
-    def train(self, mode: bool = True) -> FrozenVisionTower:
-        """Stay in evaluation mode: the tower does not train."""
+    def set_learning(self, learns: bool, recompute: bool = False) -> None:
+        """Whether parameters learn; with ``recompute`` a layer keeps its input alone for the backward pass.
+
+        A rank sees its share of the images only (see ``image_shares``), so gradients are a part of the sum over the
+        tensor-parallel group: megatron-core reduces what carries the attribute when it finalises gradients.
+        """
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad = learns and name not in self._optional
+            parameter.average_gradients_across_tp_domain = parameter.requires_grad
+        for block in self.model.get_submodule(self._blocks):
+            # Inside the hooks, which see a state once. There is no dropout, so no random numbers to repeat.
+            computed = type(block).forward.__get__(block)
+            again = partial(checkpoint, computed, use_reentrant=False, preserve_rng_state=False)
+            block.forward = again if learns and recompute else computed
+
+    @property
+    def learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def read_state(self) -> dict[str, nn.Parameter]:
+        """The parameters that are computed with, by Hugging Face's names: what a checkpoint holds of the tower."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if name not in self._optional}
+
+    def train(self, mode: bool = True) -> VisionTower:
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -67,7 +93,6 @@ class FrozenVisionTower(nn.Module):
             assert above or name in self._optional, f"vision tower has no place for {name}"
         self.model.load_state_dict({name: state.get(name, own[name]) for name in own})
 
-    @torch.no_grad()
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Hidden states 0 .. deepest of the encoder as HF numbers them, without prefix tokens.
 

@@ -18,7 +18,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from dc_megatron.config import STI_POOL, ConnectorConfig, ImageTiling, VisionConfig, layer_table
 
 IGNORED_LABEL = -100
-TRAINABLE_SETS = ("connector", "connector,llm")
+PARTS = ("connector", "llm", "vision_tower")
 
 
 def dense_features(hidden_states: tuple[Tensor, ...], vision: VisionConfig, connector: ConnectorConfig) -> Tensor:
@@ -79,7 +79,7 @@ class ReferenceOutput:
 
 
 class ReferenceModel(nn.Module):
-    """Frozen tower, dense connector and language model, from Hugging Face folders, in fp32.
+    """Tower, dense connector and language model, from Hugging Face folders, in fp32.
 
     The projector starts from PyTorch's own initialisation, and AnyRes' ``image_newline`` from LLaVA's; load others with
     ``load_state_dict``. ``tiling``: where it has pinpoints, batches must carry ``pictures``.
@@ -110,24 +110,29 @@ class ReferenceModel(nn.Module):
         self.set_trainable("connector")
 
     def set_trainable(self, trainable: str) -> None:
-        """Freeze everything outside ``trainable``, one of ``TRAINABLE_SETS``."""
-        assert trainable in TRAINABLE_SETS, f"trainable is '{trainable}'; the reference knows {TRAINABLE_SETS}"
-        self.vision_tower.requires_grad_(False)
+        """Freeze everything outside ``trainable``: names of ``PARTS`` with commas, the connector among them."""
+        parts = trainable.split(",")
+        assert {"connector"} <= set(parts) <= set(PARTS), f"trainable is '{trainable}'; parts are {PARTS}"
+        deepest = layer_table(self.vision, self.connector_config).deepest
+        for name, parameter in self.vision_tower.named_parameters():
+            # What lies above the last hidden state in use is never computed with.
+            layer = int(name.partition("layers.")[2].split(".")[0]) if "layers." in name else -1
+            read = layer < deepest and "post_layernorm" not in name and "head." not in name
+            parameter.requires_grad_(read and "vision_tower" in parts)
         self.connector.requires_grad_(True)
         if self.image_newline is not None:
             self.image_newline.requires_grad_(True)
-        self.language_model.requires_grad_("llm" in trainable)
+        self.language_model.requires_grad_("llm" in parts)
 
     def train(self, mode: bool = True) -> ReferenceModel:
-        """As in PyTorch, but the frozen tower stays in evaluation mode."""
+        """As in PyTorch, but the tower stays in evaluation mode, as the original's does."""
         super().train(mode)
         self.vision_tower.eval()
         return self
 
     def connector_features(self, pixel_values: Tensor) -> Tensor:
         """float32 [n, 3, H, W] -> [n, tokens_per_image, hidden_size of the language model]."""
-        with torch.no_grad():
-            states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+        states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
         return self.connector(dense_features(states, self.vision, self.connector_config))
 
     def forward(self, batch: dict) -> ReferenceOutput:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,13 @@ from dc_megatron.reference.model import ReferenceModel
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters; weight decay acts on matrices only, as in Megatron and in the original's Trainer."""
+    """Hyper-parameters; what decays is decided by Hugging Face's Trainer, as in the original.
+
+    rates: learning rate of the parts that have one of their own, by the start of their parameters' names.
+    """
 
     learning_rate: float
+    rates: Mapping[str, float] = field(default_factory=dict)
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -43,8 +47,8 @@ def train(
 ) -> list[TrainingStep]:
     """One optimizer step for each global batch, which is the list of all its micro-batches over all data ranks.
 
-    ``learning_rates``, where given, holds one value a step in place of the recipe's constant one. ``model`` is
-    changed in place.
+    ``learning_rates``, where given, holds one value a step in place of the recipe's constant one; parts with a rate of
+    their own follow in proportion. ``model`` is changed in place.
     """
     model.set_trainable(recipe.trainable)
     model.train()
@@ -53,7 +57,7 @@ def train(
     for index, micro_batches in enumerate(global_batches):
         if learning_rates is not None:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rates[index]
+                group["lr"] = learning_rates[index] * group["initial_lr"] / recipe.learning_rate
         steps.append(_step(model, optimizer, micro_batches, recipe.clip_grad))
     return steps
 
@@ -64,14 +68,26 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _optimizer(model: ReferenceModel, recipe: Recipe) -> torch.optim.AdamW:
-    parameters = list(trainable_parameters(model).values())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    decaying = _decaying(model) if recipe.weight_decay else ()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trainable_parameters(model).items():
+        rate = next((r for start, r in recipe.rates.items() if name.startswith(start)), recipe.learning_rate)
+        groups.setdefault((rate, recipe.weight_decay if name in decaying else 0.0), []).append(parameter)
     return torch.optim.AdamW(
-        groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=recipe.epsilon, foreach=False
+        [
+            {"params": members, "lr": rate, "initial_lr": rate, "weight_decay": decay}
+            for (rate, decay), members in groups.items()
+        ],
+        betas=(recipe.beta1, recipe.beta2),
+        eps=recipe.epsilon,
+        foreach=False,
     )
+
+
+def _decaying(model: ReferenceModel) -> set[str]:
+    from transformers import Trainer  # takes seconds
+
+    return set(Trainer.get_decay_parameter_names(None, model))
 
 
 def _step(model: ReferenceModel, optimizer, micro_batches: Sequence[dict], clip_grad: float) -> TrainingStep:

@@ -28,6 +28,7 @@ from dc_megatron.weights.safetensors_files import open_checkpoint, open_file
 from dc_megatron.weights.staged_iteration import STAGING
 from dc_megatron.weights.tensor_reader import TensorReader
 from dc_megatron.weights.torch_dist_tree import TorchDistTree
+from dc_megatron.weights.tree_tables import TOWER_KEY
 from dc_megatron.weights.weight_files import FILES
 
 _OPTIMIZER = "optimizer."
@@ -199,6 +200,8 @@ def _add_tree_tensors(report: dict, tree_folder: str) -> None:
         report["complete"] = False
         return
     _add_tensors(report, {name: (found.shape, found.dtype) for name, found in tree.tensors.items()})
+    if report["model"] is not None and report["model"].get("vision_tower"):
+        report["model"]["vision_tower"]["trained"] = tree.has(TOWER_KEY)
 
 
 def _add_tensors(report: dict, tensors: dict) -> None:

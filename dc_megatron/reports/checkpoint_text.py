@@ -33,7 +33,8 @@ def _model_lines(model: dict | None) -> list[str]:
     tower = model.get("vision_tower")
     if tower:
         shape = f"{tower.get('family', '')} {tower.get('layers', '?')} layers x {tower.get('hidden_size', '?')}"
-        lines.append(f"  vision tower: {shape.strip()}, {tower.get('path') or 'inside'}")
+        place = f"trained, inside; began as {tower['path']}" if tower.get("trained") else tower.get("path") or "inside"
+        lines.append(f"  vision tower: {shape.strip()}, {place}")
     said = [
         f"{name.replace('_', ' ')} {model[name]}"
         for name in ("connector", "template", "image_aspect_ratio", "mm_patch_merge_type", "model_max_length")

@@ -18,6 +18,7 @@ from dc_megatron.training.engine_flags import EngineFlag, check_engine_flag, eng
 from dc_megatron.training.flag_table import AVAILABLE, FLAGS, NO_MEANING, NOT_YET, Flag, flags_by_key
 from dc_megatron.training.fp8_flags import fp8_words, refuse_impossible_fp8
 from dc_megatron.training.layout_flags import UNEVEN_PIPELINE, recompute_argv, refuse_contradicted_layout
+from dc_megatron.training.part_flags import refuse_contradicted_rates, trained_parts
 from dc_megatron.training.settings import RunSettings
 
 REQUIRED_FOR_TRAINING = ("model_name_or_path", "vision_tower", "data_path", "version")
@@ -63,7 +64,7 @@ def translate(argv: list[str], required: tuple[str, ...] = ()) -> Translation:
     for name in required:
         if not values[name]:
             raise UserError(f"--{name} is missing{_hint(name)}")
-    values["trainable"] = _trainable(reading)
+    values["trainable"] = trained_parts(reading.values)
     _refuse_contradictions(reading, values)
     settings = RunSettings(
         **values,
@@ -175,33 +176,6 @@ def _read_engine(flag: EngineFlag, key: str, following: list[str], reading: _Rea
     return used
 
 
-def _trainable(reading: _Reading) -> tuple[str, ...]:
-    """The parts that learn, in the order connector, llm. LLaVA's two switches mean ``connector``."""
-    only_connector = [n for n in ("tune_mm_mlp_adapter", "freeze_backbone") if reading.values.get(n)]
-    if "trainable" not in reading.values:
-        return ("connector",) if only_connector else ("connector", "llm")
-    text = str(reading.values["trainable"])
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    for part in parts:
-        if part not in ("connector", "llm", "vision_tower"):
-            raise UserError(
-                f"--trainable {text}: unknown part '{part}'{nearest(part, _PARTS)}; parts: {', '.join(_PARTS)}"
-            )
-    if "vision_tower" in parts:
-        raise UserError(f"--trainable {text}: training the vision tower is not available yet; use {' or '.join(_SETS)}")
-    if "connector" not in parts:
-        raise UserError(f"--trainable {text}: the connector always learns; use {' or '.join(_SETS)}")
-    if only_connector and "llm" in parts:
-        raise UserError(
-            f"--trainable {text} contradicts --{only_connector[0]} True, which trains the connector alone; give one"
-        )
-    return tuple(part for part in ("connector", "llm") if part in parts)
-
-
-_PARTS = ("connector", "llm", "vision_tower")
-_SETS = ("connector", "connector,llm")
-
-
 def _refuse_contradictions(reading: _Reading, values: dict) -> None:
     if values["bf16"] and values["fp16"]:
         raise UserError("--bf16 and --fp16 are both True; choose one")
@@ -217,6 +191,7 @@ def _refuse_contradictions(reading: _Reading, values: dict) -> None:
     _refuse_decoding(values)
     refuse_impossible_fp8(values, set(reading.values))
     refuse_contradicted_layout(values, set(reading.values), reading.engine)
+    refuse_contradicted_rates(values, reading.engine)
     if values["min_lr"] > values["learning_rate"]:
         raise UserError(f"--min-lr {values['min_lr']}: above --learning_rate {values['learning_rate']}")
     for name in _POSITIVE:

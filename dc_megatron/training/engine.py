@@ -19,8 +19,10 @@ from dc_megatron.training.resume import refuse_damaged_files, refuse_other_tower
 from dc_megatron.weights.checkpoint_folder import write_json
 from dc_megatron.weights.language_loading import LanguageWeights
 from dc_megatron.weights.projector_files import has_newline, read_projector
+from dc_megatron.weights.projector_sources import refuse_other_tower
 from dc_megatron.weights.staged_iteration import clear_staging
 from dc_megatron.weights.torch_dist_tree import TorchDistTree, check_tree
+from dc_megatron.weights.tree_tables import TOWER_KEY
 from dc_megatron.weights.vision_tables import open_vision_tower
 
 
@@ -90,6 +92,8 @@ def _check_weights(checked: run.Checked) -> list[str]:
             newline="optional" if checked.tiling.has_newline else "none",
             type_named=checked.names_connector_type,
         )
+        tower_of_the_tree = checked.start.loads and TorchDistTree(checked.start.tree).has(TOWER_KEY)
+        refuse_other_tower(settings.pretrain_mm_mlp_adapter, checked.vision.path, trained_here=tower_of_the_tree)
     return _notes_on_newline(checked)
 
 
@@ -149,6 +153,9 @@ def _say_hello(checked: run.Checked, data: data_plan.Data, notes: list[str]) -> 
     asked = checked.language.residual_dropout
     if asked and "--hidden-dropout" not in checked.translation.megatron_argv:
         print(f"note: config.json says resid_pdrop {asked}; this run has none, --hidden-dropout {asked} drops there")
+    rates = [f"{part} {rate:g}" for part, rate in settings.own_rates.items()]
+    if rates:
+        print(f"learning rates: {', '.join(rates)}; all else {settings.learning_rate:g}; one schedule for all, scaled")
     dtype = "bfloat16" if settings.bf16 else "float16" if settings.fp16 else "float32"
     print(
         as_line(chosen_kernels(this_machine(), dtype, settings.fp8_recipe if settings.fp8_format else None)), flush=True

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing, get_args, get_tensorboard_writer, print_rank_0
 
@@ -21,6 +22,8 @@ from dc_megatron.training.forward_step import LOSS_NAME
 from dc_megatron.training.fp8_band import Fp8Band
 from dc_megatron.training.metrics import COUNTS, Clock, MetricsFile, StepCounts, progress_line
 from dc_megatron.training.model_provider import trained_connector
+from dc_megatron.training.parameter_groups import fill_moments, group_overrides, present_rates
+from dc_megatron.training.resume import what_learns
 from dc_megatron.training.run import Checked
 from dc_megatron.training.sample_pictures import SamplePictures
 from dc_megatron.training.stall_watch import StallWatch
@@ -50,6 +53,8 @@ class Session:
     tower_hash: str | None = None
     # Tokens that the run has seen since step 0, over all its resumes.
     consumed_tokens: dict[str, int] = field(default_factory=lambda: {"processed": 0, "supervised": 0})
+    # Megatron's, of this rank: its groups say how fast each part learns.
+    optimizer: MegatronOptimizer | None = None
     # Called with the folder and the iteration's place after a save, where somebody else wants to hear of it.
     saved_elsewhere: Callable[[str, str], None] | None = None
 
@@ -93,10 +98,13 @@ def _log_hook(original: Callable, session: Session) -> Callable:
         last_rank = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
         if on_terminal and last_rank and iteration % engine.log_interval == 0:
             print("\r\x1b[K", end="", flush=True)
+        rates = part_rates(session)
+        # Megatron knows no rate where every part that learns has one of its own.
+        learning_rate = rates["lr"] if learning_rate is None else learning_rate
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
         session.stall.alive()
         total_wait = max((loader.data_wait_seconds for loader in session.loaders), default=0.0)
-        totals = _sum_over_ranks(session, learning_rate or 0.0, total_wait - waited)
+        totals = _sum_over_ranks(session, rates, total_wait - waited)
         waited = total_wait
         session.consumed_tokens["processed"] += int(totals["tokens"])
         session.consumed_tokens["supervised"] += int(totals["supervised_tokens"])
@@ -109,7 +117,7 @@ def _log_hook(original: Callable, session: Session) -> Callable:
         entry = {
             "iteration": iteration,
             "loss": loss,
-            "lr": totals["lr"],
+            **{name: totals[name] for name in rates},
             "grad_norm": float(grad_norm) if grad_norm is not None else None,
             "samples": int(totals["samples"]),
             "supervised_tokens": int(totals["supervised_tokens"]),
@@ -122,6 +130,9 @@ def _log_hook(original: Callable, session: Session) -> Callable:
             "step_seconds": round(seconds, 6),
             "data_wait_seconds": round(totals["wait"], 6),
         }
+        if engine.fp16:
+            # As the engine's log: the scale of the next step, which an overflow has lowered (from the second one on).
+            entry["loss_scale"], entry["skipped"] = float(args[0]), bool(args[2])
         if session.band is not None:
             entry["fp8_loss_difference"] = session.band.take()
         if session.metrics is not None:
@@ -131,6 +142,8 @@ def _log_hook(original: Callable, session: Session) -> Callable:
             for name in ("samples", "tokens", "supervised_tokens", "images"):
                 writer.add_scalar(f"throughput/{name} per second", entry[name] / seconds, iteration)
             writer.add_scalar("throughput/data wait seconds", entry["data_wait_seconds"], iteration)
+            for name in rates.keys() - {"lr"}:
+                writer.add_scalar(f"learning-rate/{name.removeprefix('lr_')}", entry[name], iteration)
         if on_terminal:
             print("\r\x1b[K" + progress_line(iteration, engine.train_iters, loss, seconds), end="", flush=True)
         return result
@@ -138,7 +151,21 @@ def _log_hook(original: Callable, session: Session) -> Callable:
     return training_log
 
 
-def _sum_over_ranks(session: Session, learning_rate: float, wait: float) -> dict[str, float]:
+def part_rates(session: Session) -> dict[str, float]:
+    """Names in metrics.jsonl -> learning rates of this rank's groups; 0 where it has none, the same names on all ranks.
+
+    ``lr`` is that of --learning_rate, or the connector's where nothing learns at it. Parts with a rate of their own
+    follow, as ``lr_connector``.
+    """
+    settings = session.checked.settings
+    base, parts = present_rates(session.optimizer.param_groups, settings.learning_rate, settings.own_rates)
+    own = {f"lr_{part}": parts.get(part, 0.0) for part in settings.own_rates}
+    if set(settings.trainable) <= set(settings.own_rates):
+        base = own["lr_connector"]
+    return {"lr": base or 0.0, **own}
+
+
+def _sum_over_ranks(session: Session, rates: dict[str, float], wait: float) -> dict[str, float]:
     """Counts of the global batch, known to every rank alike.
 
     Rows are counted once a data-parallel rank, on the first stage and first tensor-parallel rank; replaced images on
@@ -153,10 +180,21 @@ def _sum_over_ranks(session: Session, learning_rate: float, wait: float) -> dict
     )
     values = [counts[name] if counting or name == "substituted_images" else 0 for name in COUNTS]
     values.append(wait / parallel_state.get_data_parallel_world_size() if counting else 0.0)
-    values.append(learning_rate if torch.distributed.get_rank() == 0 else 0.0)
+    values += [rate if torch.distributed.get_rank() == 0 else 0.0 for rate in rates.values()]
     summed = torch.tensor(values, dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(summed)
-    return dict(zip([*COUNTS, "wait", "lr"], summed.tolist(), strict=True))
+    return dict(zip([*COUNTS, "wait", *rates], summed.tolist(), strict=True))
+
+
+def _optimizer_hook(original: Callable, session: Session) -> Callable:
+    """``get_megatron_optimizer`` with a learning rate for each part, and Hugging Face's rule of what decays."""
+
+    def get_megatron_optimizer(config, model_chunks, config_overrides=None, **more):
+        overrides = group_overrides(config, session.checked.settings.own_rates, config_overrides)
+        session.optimizer = original(config, model_chunks, config_overrides=overrides, **more)
+        return session.optimizer
+
+    return get_megatron_optimizer
 
 
 def _step_hook(original: Callable, session: Session) -> Callable:
@@ -186,6 +224,7 @@ def _save_hook(original: Callable, session: Session) -> Callable:
             staged.begin()
         torch.distributed.barrier()
         engine.save = staged.root
+        fill_moments(session.optimizer)
         try:
             result = original(iteration, model, *args, **kwargs)
         finally:
@@ -210,11 +249,18 @@ def _save_hook(original: Callable, session: Session) -> Callable:
 
 def _write_side_files(session: Session, folder: str, chunks: list) -> None:
     checked, settings = session.checked, session.checked.settings
-    connector = trained_connector(chunks)
-    if connector is not None:
-        write_projector(folder, connector, checked.connector, checked.vision)
     if session.tower_hash is None:
         session.tower_hash = checkpoint_folder.hash_folder_weights(settings.vision_tower)
+    connector = trained_connector(chunks)
+    if connector is not None:
+        write_projector(
+            folder,
+            connector,
+            checked.connector,
+            checked.vision,
+            tower_hash=session.tower_hash,
+            tower_trained=chunks[0].tower_is_stored,
+        )
     description = checkpoint_folder.CheckpointDescription(
         vision_tower=settings.vision_tower,
         vision_tower_hash=session.tower_hash,
@@ -238,6 +284,7 @@ def _position(session: Session) -> dict:
         "consumed_samples": engine.consumed_train_samples,
         "consumed_tokens": dict(session.consumed_tokens),
         "global_batch_size": engine.global_batch_size,
+        "learning": what_learns(session.checked.settings),
     }
 
 
@@ -289,6 +336,12 @@ HOOKS = (
         _step_hook,
         "always",
         "--vision-tower-stages all: once a schedule runs, each stage comes to a micro-batch at another time",
+    ),
+    Hook(
+        "megatron.training.training:get_megatron_optimizer",
+        _optimizer_hook,
+        "always",
+        "the engine has no flag for a part's learning rate, and does not decay image_newline as the original does",
     ),
     Hook(
         "megatron.training.training:save_checkpoint",

@@ -77,7 +77,7 @@ _MODEL = (
         "folder of the Hugging Face language model; its config.json sets the shape",
         MODEL,
     ),
-    Flag("vision_tower", str, "", "folder of the Hugging Face tower (CLIP, SigLIP, ...), kept frozen", MODEL),
+    Flag("vision_tower", str, "", "folder of the Hugging Face tower (CLIP, SigLIP, ...)", MODEL),
     Flag("mm_dense_connector_type", str, "dci", "dense connector; none is plain LLaVA", MODEL, choices=CONNECTOR_TYPES),
     Flag("mm_projector_type", str, "mlp2x_gelu", "projector behind the connector", MODEL, choices=PROJECTOR_TYPES),
     Flag("mm_vision_select_layer", int, -2, "hidden state of the final feature (CLIP; SigLIP has its own)", MODEL),
@@ -185,9 +185,10 @@ _DATA = (
 )
 
 _TRAINING = (
-    Flag("trainable", str, "connector,llm", "parts that learn: connector[,llm]", TRAINING),
+    Flag("trainable", str, "connector,llm", "parts that learn: connector[,llm][,vision_tower]", TRAINING),
     Flag("tune_mm_mlp_adapter", bool, False, "True is --trainable connector", TRAINING),
     Flag("freeze_backbone", bool, False, "True is --trainable connector", TRAINING),
+    Flag("unfreeze_mm_vision_tower", bool, False, "True adds vision_tower to the parts that learn", TRAINING),
     Flag("num_train_epochs", float, 1.0, "passes over the data", TRAINING),
     Flag("max_steps", int, None, "optimizer steps; takes precedence over epochs", TRAINING, engine="--train-iters"),
     Flag(
@@ -250,6 +251,8 @@ _TRAINING = (
 
 _OPTIMIZER = (
     Flag("learning_rate", float, 5e-5, "peak learning rate", OPTIMIZER, engine="--lr", handed_on=True),
+    Flag("mm_projector_lr", float, None, "peak of the connector, if not learning_rate; the same schedule", OPTIMIZER),
+    Flag("vision_tower_lr", float, None, "peak of a vision tower that learns, likewise", OPTIMIZER),
     Flag("min-lr", float, 0.0, "learning rate that the schedule ends at", OPTIMIZER, engine="--min-lr", handed_on=True),
     Flag(
         "lr_scheduler_type",
@@ -396,9 +399,7 @@ _OTHER = (
     _no_meaning("quant_type", "there is no quantised training"),
     _not_yet("mm_use_im_start_end", "pictures are not framed by tokens", bool, ("False",)),
     _not_yet("mm_use_im_patch_token", "pictures need no token of their own", bool, ("False",)),
-    _not_yet("mm_projector_lr", "the connector learns at --learning_rate", float),
     _not_yet("freeze_mm_mlp_adapter", "the connector always learns", bool, ("False",)),
-    _not_yet("unfreeze_mm_vision_tower", "the vision tower stays frozen", bool, ("False",)),
     _not_yet("lora_enable", _LATER, bool, ("False",)),
     _not_yet("lora_r", _LATER, int),
     _not_yet("lora_alpha", _LATER, int),

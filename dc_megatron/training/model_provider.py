@@ -8,7 +8,13 @@ from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args
 from torch import Tensor
 
-from dc_megatron.inference.assemble import build_model, load_language_model, load_projector, load_vision_tower
+from dc_megatron.inference.assemble import (
+    build_model,
+    holds_tower,
+    load_language_model,
+    load_projector,
+    load_vision_tower,
+)
 from dc_megatron.model.multimodal_model import NEWLINE, DenseConnectorModel
 from dc_megatron.training.run import Checked
 from dc_megatron.training.shared_output import refuse_unshared_output
@@ -63,7 +69,12 @@ def make_model_provider(checked: Checked) -> Callable:
             tree = TorchDistTree(checked.start.tree, "--load")
             model.connector_is_given = not tree.has("connector.mlp.0.weight")
             model.newline_is_given = not tree.has(NEWLINE)
-        model.set_trainable(set(settings.trainable))
+        if checked.start.loads:
+            # A tower that an earlier run has trained goes on in all that follow, whether it learns there or not.
+            model.tower_is_stored = holds_tower(checked.start.tree)
+            model.tower_is_given = not model.tower_is_stored
+        recomputes = settings.gradient_checkpointing or settings.recompute == "full"
+        model.set_trainable(set(settings.trainable), recompute_tower=recomputes)
         return model
 
     return model_provider

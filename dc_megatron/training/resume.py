@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from dc_megatron.config import ConnectorConfig, ImageTiling, LanguageConfig, VisionConfig
 from dc_megatron.errors import UserError
 from dc_megatron.training.argv import Translation
+from dc_megatron.training.settings import RunSettings
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.manifest import damaged_files
 
@@ -18,7 +19,7 @@ class Start:
 
     ``resumes``: optimizer, schedule and data position go on as well; otherwise only weights are taken, if any.
     ``folder``, ``iteration``: where they are taken from, None for a converted model. ``global_batch_size``: rows a step
-    of the run that resumes. ``consumed_tokens``: what it had seen.
+    of the run that resumes. ``consumed_tokens``: what it had seen. ``learning``: see ``what_learns``.
     """
 
     words: list[str]
@@ -30,6 +31,7 @@ class Start:
     iteration: int | None = None
     global_batch_size: int | None = None
     consumed_tokens: dict[str, int] = field(default_factory=dict)
+    learning: dict = field(default_factory=dict)
 
     @property
     def tree(self) -> str:
@@ -87,6 +89,7 @@ def _resume(folder: str, iteration: int, words: list[str], notes: list[str]) -> 
         iteration=iteration,
         global_batch_size=position.get("global_batch_size"),
         consumed_tokens=position.get("consumed_tokens", {}),
+        learning=position.get("learning", {}),
     )
 
 
@@ -168,6 +171,30 @@ def refuse_another_batch(start: Start, global_batch_size: int) -> None:
             f" was trained with {start.global_batch_size} rows a step, and its position, schedule and number of steps"
             f" count those; give --global-batch-size {start.global_batch_size}"
         )
+
+
+def what_learns(settings: RunSettings) -> dict:
+    """What the optimizer's groups are told apart by, for the manifest: flag -> value."""
+    own = {"mm_projector_lr": "connector", "vision_tower_lr": "vision_tower"}
+    rates = {flag: settings.own_rates.get(part, settings.learning_rate) for flag, part in own.items()}
+    return {
+        "trainable": ",".join(settings.trainable),
+        "learning_rate": settings.learning_rate,
+        "min_lr": settings.min_lr,
+        **{flag: rate for flag, rate in rates.items() if own[flag] in settings.trainable},
+    }
+
+
+def refuse_other_groups(start: Start, settings: RunSettings) -> None:
+    """UserError where other parts learn than in the run that is resumed, or at other peaks: its state goes by both."""
+    now = what_learns(settings)
+    for flag, was in start.learning.items():
+        if now.get(flag, was) != was:
+            raise UserError(
+                f"--{flag} {now[flag]}: {start.folder} was trained with {was}, and the state of its optimizer goes by"
+                f" that; give --{flag} {was}, or take the weights alone: --load {start.folder} --finetune, into another"
+                " --output_dir"
+            )
 
 
 def refuse_another_model(

@@ -21,7 +21,13 @@ from dc_megatron.data.sources import read_sources
 from dc_megatron.errors import UserError
 from dc_megatron.training.arguments import plan_steps
 from dc_megatron.training.argv import REQUIRED_FOR_TRAINING, Translation, translate
-from dc_megatron.training.resume import Start, choose_start, refuse_another_batch, refuse_another_model
+from dc_megatron.training.resume import (
+    Start,
+    choose_start,
+    refuse_another_batch,
+    refuse_another_model,
+    refuse_other_groups,
+)
 from dc_megatron.training.settings import RunSettings
 
 
@@ -81,6 +87,7 @@ def check(argv: list[str], world_size: int) -> Checked:
     start = choose_start(translation)
     if settings.packing == "none":
         refuse_another_batch(start, plan.global_batch_size)
+    refuse_other_groups(start, settings)
     refuse_another_model(start, language, vision, connector, tiling, bool(projector))
     return Checked(translation, language, vision, connector, tiling, sources, start)
 

@@ -41,6 +41,7 @@ class RunSettings:
     trainable: tuple[str, ...]
     tune_mm_mlp_adapter: bool
     freeze_backbone: bool
+    unfreeze_mm_vision_tower: bool
     num_train_epochs: float
     max_steps: int | None
     per_device_train_batch_size: int
@@ -56,6 +57,8 @@ class RunSettings:
     fp8_recipe: str
     fp8_check_interval: int
     learning_rate: float
+    mm_projector_lr: float | None
+    vision_tower_lr: float | None
     min_lr: float
     lr_scheduler_type: str
     warmup_ratio: float
@@ -83,3 +86,13 @@ class RunSettings:
     uneven_pipeline: bool
     # Names (fields of this class) of the flags that were on the command line.
     given: tuple[str, ...]
+
+    @property
+    def own_rates(self) -> dict[str, float]:
+        """Peak learning rate of the parts that learn and do not take ``learning_rate``."""
+        rates = {"connector": self.mm_projector_lr, "vision_tower": self.vision_tower_lr}
+        return {
+            part: rate
+            for part, rate in rates.items()
+            if part in self.trainable and rate not in (None, self.learning_rate)
+        }

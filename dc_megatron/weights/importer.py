@@ -17,6 +17,7 @@ from dc_megatron.weights.model_folder import open_model
 from dc_megatron.weights.model_parts import NEWLINE, PROJECTOR, TOWER, ModelFolder
 from dc_megatron.weights.progress import Progress
 from dc_megatron.weights.projector_files import projector_shapes
+from dc_megatron.weights.projector_sources import refuse_other_tower
 from dc_megatron.weights.safetensors_writer import SafetensorsWriter
 from dc_megatron.weights.tensor_reader import Renamed, TensorReader
 from dc_megatron.weights.torch_dist_writer import Part, TorchDistWriter, TreeTensor
@@ -79,6 +80,8 @@ def import_checkpoint(
         projector=projector,
         dense_connector_type=dense_connector_type,
     )
+    if projector and model.tower_folder:
+        refuse_other_tower(projector, model.tower_folder, "--projector")
     if image_aspect_ratio and model.image_grid_pinpoints:
         raise UserError(f"--image-aspect-ratio {image_aspect_ratio}: {hf} is an AnyRes model; leave the flag out")
     tensors = _tree_tensors(model)

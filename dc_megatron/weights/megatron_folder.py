@@ -5,47 +5,22 @@ from __future__ import annotations
 import json
 import os
 
-import torch
-from torch import Tensor
-
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, padded_vocab_size
 from dc_megatron.errors import UserError
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.language_tables import language_table
-from dc_megatron.weights.model_parts import NEWLINE, PROJECTOR, ModelFolder, tower_part
+from dc_megatron.weights.model_parts import NEWLINE, PROJECTOR, TOWER, ModelFolder, tower_part
 from dc_megatron.weights.names import refuse_wrong_names, refuse_wrong_shape
 from dc_megatron.weights.projector_files import projector_shapes
 from dc_megatron.weights.safetensors_files import open_checkpoint
 from dc_megatron.weights.tensor_reader import Merged, Renamed, TensorReader
 from dc_megatron.weights.torch_dist_tree import TorchDistTree
 from dc_megatron.weights.tree_tables import CONNECTOR_PREFIX, LANGUAGE_PREFIX
-from dc_megatron.weights.views import AsHuggingFace
+from dc_megatron.weights.views import AsHuggingFace, PlainTensors
 from dc_megatron.weights.weight_files import FILES
 
 # What a tree of training holds beside the model.
 _NOT_THE_MODEL = ("optimizer.",)
-
-
-class _Plain:
-    """The tree's tensors that no layer is stacked in, under their own keys."""
-
-    def __init__(self, tree: TorchDistTree):
-        self._tree = tree
-
-    def names(self) -> list[str]:
-        return list(self._tree.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tree.shape(name, None)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tree.dtype(name)
-
-    def position(self, name: str) -> tuple:
-        return self._tree.position(name, None)
-
-    def read_rows(self, name: str, start: int, end: int, out: Tensor) -> None:
-        self._tree.read_rows(name, None, start, end, out)
 
 
 def is_checkpoint(folder: str) -> bool:
@@ -82,7 +57,7 @@ def open_checkpoint_folder(
     rows = padded_vocab_size(language.vocab_size, 1)
     table = language_table(language, rows)
     text = AsHuggingFace(tree, table, language.num_hidden_layers, LANGUAGE_PREFIX, what)
-    plain = _Plain(tree)
+    plain = PlainTensors(tree)
     parts: list[TensorReader] = [text]
     known = text.keys()
 
@@ -95,7 +70,11 @@ def open_checkpoint_folder(
     inside = not vision_tower and any(os.path.isfile(os.path.join(inner, name)) for name in FILES)
     tower = "" if inside else vision_tower or described.vision_tower
     vision = _vision(side, tower, flag)
-    if inside:
+    trained = {key for key in plain.names() if key.startswith(TOWER)}
+    if trained:
+        known |= trained
+        parts.append(_trained_tower(plain, trained, vision, connector, inner if inside else tower, what))
+    elif inside:
         checkpoint = open_checkpoint(inner, flag)
         parts.append(tower_part(checkpoint, checkpoint.names(), vision, connector, f"{flag} {inner}"))
     names = {key.replace(CONNECTOR_PREFIX + "mlp.", PROJECTOR): key for key in _connector_keys(plain)}
@@ -120,7 +99,7 @@ def open_checkpoint_folder(
         language_config=_read_json(os.path.join(side, "config.json")),
         vision=vision,
         connector=connector,
-        tower_folder=tower,
+        tower_folder="" if trained else tower,
         tower_config=_read_json(os.path.join(side, "vision_tower", "config.json")),
         processor_config=_read_json(os.path.join(side, "vision_tower", "preprocessor_config.json")),
         version=described.version,
@@ -132,7 +111,22 @@ def open_checkpoint_folder(
     return model, tree_folder
 
 
-def _connector_keys(plain: _Plain) -> list[str]:
+def _trained_tower(
+    plain: PlainTensors, names: set[str], vision: VisionConfig | None, connector: ConnectorConfig, tower: str, what: str
+) -> TensorReader:
+    """The tower as it was trained, and what no connector reads of it as it was published, where that is at hand."""
+    if vision is None:
+        raise UserError(f"{what}: holds a vision tower, but hf/ does not say of which shape; give --vision-tower")
+    trained = tower_part(plain, names, vision, connector, what)
+    if not os.path.isdir(tower):
+        return trained
+    checkpoint = open_checkpoint(tower, "--vision-tower")
+    whole = tower_part(checkpoint, checkpoint.names(), vision, connector, f"--vision-tower {tower}")
+    rest = {name: name for name in whole.names() if name not in set(trained.names())}
+    return Merged([trained, Renamed(whole, rest)])
+
+
+def _connector_keys(plain: PlainTensors) -> list[str]:
     return [key for key in plain.names() if key.startswith(CONNECTOR_PREFIX)]
 
 
@@ -153,7 +147,7 @@ def _vision(side: str, tower: str, flag: str) -> VisionConfig | None:
     return None
 
 
-def _check_projector(plain: _Plain, connector, vision, hidden_size: int, what: str) -> None:
+def _check_projector(plain: PlainTensors, connector, vision, hidden_size: int, what: str) -> None:
     if connector is None or vision is None:
         raise UserError(
             f"{what}: holds a connector, but hf/ does not say of which type or tower; give the tower: --vision-tower"

@@ -17,31 +17,18 @@ from dc_megatron.config import ConnectorConfig, VisionConfig
 from dc_megatron.errors import UserError
 from dc_megatron.weights import durable_files
 from dc_megatron.weights.names import refuse_wrong_names
-from dc_megatron.weights.safetensors_files import open_file
+from dc_megatron.weights.projector_sources import (
+    BIN_NAME,
+    KEY,
+    NEWLINE,
+    PARTS,
+    SAFETENSORS_NAME,
+    open_projector,
+    projector_metadata,
+)
+from dc_megatron.weights.tensor_reader import read_tensor
 
-SAFETENSORS_NAME = "mm_projector.safetensors"
-BIN_NAME = "mm_projector.bin"
-_KEY = "model.mm_projector."
 _PREFIXES = ("base_model.model.model.", "model.", "")
-_PARTS = ("0.weight", "0.bias", "2.weight", "2.bias")
-_NEWLINE = "image_newline"
-
-
-def projector_metadata(connector: ConnectorConfig, vision: VisionConfig) -> dict[str, str]:
-    """What a projector file says about itself; safetensors metadata are strings."""
-    return {
-        "format": "pt",
-        "mm_dense_connector_type": connector.dense_connector_type,
-        "mm_projector_type": connector.projector_type,
-        # SigLIP ignores it, so it must not tell two files apart.
-        "mm_vision_select_layer": "ignored" if vision.about.ends_early else str(connector.select_layer),
-        "vision_family": vision.family,
-        "vision_hidden_size": str(vision.hidden_size),
-        "vision_num_hidden_layers": str(vision.num_hidden_layers),
-        "vision_image_size": str(vision.image_size),
-        "vision_patch_size": str(vision.patch_size),
-        "vision_tower": os.path.basename(os.path.normpath(vision.path)) if vision.path else "",
-    }
 
 
 def read_projector(
@@ -56,18 +43,16 @@ def read_projector(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The projector's tensors as ``mlp.{0,2}.{weight,bias}`` in the file's dtype, and the file's metadata.
 
-    ``path`` is a file or a folder with one; ``hidden_size`` is the language model's width. ``newline``: whether the run
+    ``path`` as in ``open_projector``; ``hidden_size`` is the language model's width. ``newline``: whether the run
     has an ``image_newline``, which then is among the tensors: "none", "required", or "optional" where one that the file
     does not have may start anew. ``type_named`` says that the user named the connector's type: a file without metadata
     needs that. UserError: no or broken file, names missing or left over, another connector type or tower, other widths.
     """
-    file_path = _find(path, flag)
-    what = f"{flag} {file_path}"
-    file = open_file(file_path, what)
-    _check_metadata(file.metadata, connector, vision, type_named, what)
+    what, file, metadata = open_projector(path, flag)
+    _check_metadata(metadata, connector, vision, type_named, what)
     names = _check_names(file.names(), what)
-    _check_newline(_NEWLINE in names, newline, what)
-    expected = {**projector_shapes(connector, vision, hidden_size), _NEWLINE: (hidden_size,)}
+    _check_newline(NEWLINE in names, newline, what)
+    expected = {**projector_shapes(connector, vision, hidden_size), NEWLINE: (hidden_size,)}
     for key, shape in expected.items():
         if key not in names:
             continue
@@ -79,38 +64,44 @@ def read_projector(
                 f" this language model (width {hidden_size}) needs {list(shape)}: the projector is of another"
                 " connector type, tower or language model"
             )
-    return {key: file.read(name, None, None).clone() for key, name in names.items()}, dict(file.metadata)
+    return {key: read_tensor(file, name) for key, name in names.items()}, metadata
 
 
 def write_projector(
-    folder: str, tensors: dict[str, Tensor], connector: ConnectorConfig, vision: VisionConfig
+    folder: str,
+    tensors: dict[str, Tensor],
+    connector: ConnectorConfig,
+    vision: VisionConfig,
+    *,
+    tower_hash: str = "",
+    tower_trained: bool = False,
 ) -> tuple[str, str]:
     """Write ``mm_projector.bin`` and ``mm_projector.safetensors`` into ``folder``; returns both paths.
 
     ``tensors`` as ``read_projector`` returns them (``image_newline`` among them where the run has one), any device,
-    dtype kept. A reader never sees half a file: each is written under another name, flushed to disk, then renamed.
+    dtype kept. The others: see ``projector_metadata``. A reader never sees half a file: each is written under another
+    name, flushed to disk, then renamed.
     """
-    expected = {f"mlp.{part}" for part in _PARTS}
-    assert tensors.keys() - {_NEWLINE} == expected, f"a projector has {sorted(expected)}, not {sorted(tensors)}"
+    expected = {f"mlp.{part}" for part in PARTS}
+    assert tensors.keys() - {NEWLINE} == expected, f"a projector has {sorted(expected)}, not {sorted(tensors)}"
     stored = {_stored_name(key): value.detach().cpu().contiguous() for key, value in tensors.items()}
     os.makedirs(folder, exist_ok=True)
     bin_path, safetensors_path = os.path.join(folder, BIN_NAME), os.path.join(folder, SAFETENSORS_NAME)
     _write(bin_path, lambda temporary: torch.save(stored, temporary))
-    metadata = projector_metadata(connector, vision)
+    metadata = projector_metadata(connector, vision, tower_hash, tower_trained)
     _write(safetensors_path, lambda temporary: save_file(stored, temporary, metadata=metadata))
     return bin_path, safetensors_path
 
 
 def _stored_name(key: str) -> str:
     """A tensor's name in LLaVA's files."""
-    return f"model.{_NEWLINE}" if key == _NEWLINE else _KEY + key.removeprefix("mlp.")
+    return f"model.{NEWLINE}" if key == NEWLINE else KEY + key.removeprefix("mlp.")
 
 
 def has_newline(path: str, flag: str = "--pretrain_mm_mlp_adapter") -> bool:
-    """Whether the projector in ``path`` (a file, or a folder with one) has an ``image_newline``."""
-    file_path = _find(path, flag)
-    names = open_file(file_path, f"{flag} {file_path}").names()
-    return any(prefix + _NEWLINE in names for prefix in _PREFIXES)
+    """Whether the projector in ``path`` (see ``open_projector``) has an ``image_newline``."""
+    names = open_projector(path, flag)[1].names()
+    return any(prefix + NEWLINE in names for prefix in _PREFIXES)
 
 
 def projector_shapes(connector: ConnectorConfig, vision: VisionConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -124,25 +115,13 @@ def projector_shapes(connector: ConnectorConfig, vision: VisionConfig, hidden_si
 
 
 def recorded_connector(path: str, flag: str = "--pretrain_mm_mlp_adapter") -> ConnectorConfig | None:
-    """The connector that the projector in ``path`` (a file, or a folder with one) was trained for, where it says so."""
-    file_path = _find(path, flag)
-    metadata = open_file(file_path, f"{flag} {file_path}").metadata
+    """The connector that the projector in ``path`` (see ``open_projector``) was trained for, where it says so."""
+    metadata = open_projector(path, flag)[2]
     kind, layer = metadata.get("mm_dense_connector_type"), metadata.get("mm_vision_select_layer", "")
     if kind is None:
         return None
     projector = metadata.get("mm_projector_type", "mlp2x_gelu")
     return ConnectorConfig(kind, projector, int(layer) if layer.lstrip("-").isdigit() else -2)
-
-
-def _find(path: str, flag: str) -> str:
-    if os.path.isfile(path):
-        return path
-    if not os.path.isdir(path):
-        raise UserError(f"{flag} {path}: no such file or folder")
-    for name in (SAFETENSORS_NAME, BIN_NAME):
-        if os.path.isfile(os.path.join(path, name)):
-            return os.path.join(path, name)
-    raise UserError(f"{flag} {path}: the folder has neither {SAFETENSORS_NAME} nor {BIN_NAME}")
 
 
 def _check_metadata(
@@ -174,8 +153,8 @@ def _check_metadata(
 
 def _check_names(found: list[str], what: str) -> dict[str, str]:
     """``mlp.*``, and ``image_newline`` where there is one -> name on file."""
-    places = {f"{prefix}mm_projector.{part}": f"mlp.{part}" for prefix in _PREFIXES for part in _PARTS}
-    places |= {prefix + _NEWLINE: _NEWLINE for prefix in _PREFIXES}
+    places = {f"{prefix}mm_projector.{part}": f"mlp.{part}" for prefix in _PREFIXES for part in PARTS}
+    places |= {prefix + NEWLINE: NEWLINE for prefix in _PREFIXES}
     names: dict[str, str] = {}
     unknown = []
     for name in found:
@@ -183,7 +162,7 @@ def _check_names(found: list[str], what: str) -> dict[str, str]:
             names[places[name]] = name
         else:
             unknown.append(name)
-    missing = [_KEY + part for part in _PARTS if f"mlp.{part}" not in names]
+    missing = [KEY + part for part in PARTS if f"mlp.{part}" not in names]
     refuse_wrong_names(what, missing, unknown, "A projector of type mlp2x_gelu holds two linear layers and no more")
     return names
 
@@ -192,12 +171,12 @@ def _check_newline(there: bool, newline: str, what: str) -> None:
     assert newline in ("none", "optional", "required"), newline
     if there and newline == "none":
         raise UserError(
-            f"{what}: holds an {_NEWLINE}, so it was trained with --image_aspect_ratio anyres --mm_patch_merge_type"
+            f"{what}: holds an {NEWLINE}, so it was trained with --image_aspect_ratio anyres --mm_patch_merge_type"
             " spatial_unpad, and this run has no use for it; give these, or another projector"
         )
     if not there and newline == "required":
         raise UserError(
-            f"{what}: holds no {_NEWLINE}, which --mm_patch_merge_type spatial_unpad ends every row of patches with; it"
+            f"{what}: holds no {NEWLINE}, which --mm_patch_merge_type spatial_unpad ends every row of patches with; it"
             " was not trained with AnyRes: leave --image_aspect_ratio anyres out, or train it so first"
         )
 

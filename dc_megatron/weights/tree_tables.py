@@ -19,6 +19,8 @@ from dc_megatron.weights.rules import Rule, shard_shape
 
 LANGUAGE_PREFIX = "language_model."
 CONNECTOR_PREFIX = "connector."
+# There where the tower was trained: under vision_tower. the tree then has all that is read of it.
+TOWER_KEY = "vision_tower.embeddings.patch_embedding.weight"
 _LAYERS = "decoder.layers."
 # The linears of a layer; each keeps a state for FP8 beside its weight, empty otherwise.
 _LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")

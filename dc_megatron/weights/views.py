@@ -16,6 +16,7 @@ from torch import Tensor
 from dc_megatron.errors import UserError
 from dc_megatron.weights.rules import Piece, Rule, pieces, shard_shape
 from dc_megatron.weights.tensor_reader import TensorReader
+from dc_megatron.weights.torch_dist_tree import TorchDistTree
 
 
 class Tree(Protocol):
@@ -162,3 +163,25 @@ def _in_order(table: Sequence[Rule], num_layers: int) -> list[tuple[Rule, int | 
         elif rule is layered[0]:
             order += [(row, layer) for layer in range(num_layers) for row in layered]
     return order
+
+
+class PlainTensors:
+    """The tree's tensors that no layer is stacked in, under their own keys."""
+
+    def __init__(self, tree: TorchDistTree):
+        self._tree = tree
+
+    def names(self) -> list[str]:
+        return list(self._tree.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tree.shape(name, None)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tree.dtype(name)
+
+    def position(self, name: str) -> tuple:
+        return self._tree.position(name, None)
+
+    def read_rows(self, name: str, start: int, end: int, out: Tensor) -> None:
+        self._tree.read_rows(name, None, start, end, out)

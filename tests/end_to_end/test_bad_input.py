@@ -154,11 +154,11 @@ def without_tensor(workspace, folder: Path, which: str, name: str) -> str:
     return str(target)
 
 
-def projector(workspace, folder: Path, kind: str, tower: str | None = None) -> Path:
+def projector(workspace, folder: Path, kind: str, tower: str | None = None, **recorded) -> Path:
     """Both projector files of a connector of type ``kind``; returns the folder."""
     vision, connector = VisionConfig.from_folder(tower or workspace["clip"]), ConnectorConfig(kind)
     tensors = {name: torch.zeros(shape) for name, shape in projector_shapes(connector, vision, 64).items()}
-    write_projector(str(folder), tensors, connector, vision)
+    write_projector(str(folder), tensors, connector, vision, **recorded)
     return folder
 
 
@@ -199,6 +199,14 @@ def test_a_projector_of_another_tower_is_refused(workspace, tmp_path):
     path = projector(workspace, tmp_path, "dci", tiny_siglip(tmp_path / "siglip"))
     done = plain(workspace, tmp_path, pretrain_mm_mlp_adapter=path)
     done.assert_refused("--pretrain_mm_mlp_adapter", "another vision tower", "siglip")
+
+
+def test_a_projector_of_a_tower_with_other_weights_is_refused(workspace, tmp_path):
+    folder = projector(workspace, tmp_path, "dci", tower_hash="0123456789abcdef")
+    done = plain(workspace, tmp_path, pretrain_mm_mlp_adapter=folder)
+    done.assert_refused(
+        "--pretrain_mm_mlp_adapter", "another vision tower (clip, hash 0123456789abcdef)", "weights differ"
+    )
 
 
 def test_a_bare_bin_projector_needs_the_type_named(workspace, tmp_path):

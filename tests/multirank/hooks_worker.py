@@ -145,3 +145,12 @@ def installed_and_removed() -> dict[str, bool]:
         for target, original in originals.items():
             module_name, name = target.split(":")
             setattr(importlib.import_module(module_name), name, original)
+
+
+def part_rates(flags: list[str], groups: list[dict]) -> dict[str, float]:
+    """What metrics.jsonl says of the learning rates of ``groups`` in a run with ``flags``."""
+    from dc_megatron.training import engine_hooks
+    from dc_megatron.training.argv import translate
+
+    checked = SimpleNamespace(settings=translate(flags).settings)
+    return engine_hooks.part_rates(SimpleNamespace(checked=checked, optimizer=SimpleNamespace(param_groups=groups)))

@@ -29,10 +29,16 @@ class Job:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     lr: float = 1e-3
+    # Peak learning rate of parts with one of their own, and each step's share of the peak.
+    rates: dict[str, float] = field(default_factory=dict)
+    shares: tuple[float, ...] = ()
+    weight_decay: float = 0.0
     packed: bool = False
     bf16: bool = False
     # "full" or "selective" (the MLPs).
     recompute: str = ""
+    fp16: bool = False
+    initial_loss_scale: float = 2.0**16
     loss_reduction: str = "token"
     connector_state: dict = field(default_factory=dict)
     fault: str | None = None

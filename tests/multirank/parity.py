@@ -65,6 +65,37 @@ def connector_state(
     return {name: torch.randn(*shape, generator=generator) * 0.05 for name, shape in shapes.items()}
 
 
+def make_job(
+    folders: dict[str, str],
+    language="llama",
+    tower="clip",
+    connector="dci",
+    counts=((1, 3), (2, 0)),
+    steps=1,
+    **settings,
+) -> Job:
+    """A run on models of ``folders``; ``counts``: images of the rows of the micro-batches of every step, all alike."""
+    vision, settings_connector = VisionConfig.from_folder(folders[tower]), ConnectorConfig(connector)
+    width = LanguageConfig.from_folder(folders[language]).hidden_size
+    batches = make_step([list(rows) for rows in counts], vision, settings_connector)
+    return Job(
+        language_folder=folders[language],
+        vision_folder=folders[tower],
+        micro_batches=[batches] * steps,
+        connector_type=connector,
+        connector_state=connector_state(vision, settings_connector, width),
+        **settings,
+    )
+
+
+def assert_first_step_equal(job: Job, results: list[dict], reference: dict) -> None:
+    """Loss and gradients of the first step, within the tolerances above."""
+    difference = abs(losses(results)[0] - reference["losses"][0])
+    assert difference <= LOSS_TOLERANCE, f"loss differs by {difference}"
+    worst, name = worst_difference(merge(job, results, "gradients"), reference["gradients"])
+    assert worst <= GRADIENT_TOLERANCE, f"gradient of {name} differs by {worst:.2e}"
+
+
 def run_reference(job: Job) -> dict:
     """Losses by step, first-step gradients, start and end parameters of ``job`` in plain Hugging Face / PyTorch."""
     vision = VisionConfig.from_folder(job.vision_folder)
@@ -75,7 +106,14 @@ def run_reference(job: Job) -> dict:
         model.image_newline.data.copy_(state.pop("image_newline"))
     model.connector.load_state_dict(state)
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
-    steps = train(model, job.micro_batches, Recipe(learning_rate=job.lr, trainable=job.trainable))
+    starts = {"connector": ("connector.", "image_newline"), "vision_tower": ("vision_tower.",)}
+    recipe = Recipe(
+        learning_rate=job.lr,
+        rates={start: rate for part, rate in job.rates.items() for start in starts[part]},
+        weight_decay=job.weight_decay,
+        trainable=job.trainable,
+    )
+    steps = train(model, job.micro_batches, recipe, [job.lr * share for share in job.shares] or None)
     return {
         "losses": [step.loss for step in steps],
         "gradients": {_plain(name): grad for name, grad in steps[0].grads.items()},
@@ -101,7 +139,7 @@ def merge(job: Job, results: list[dict], what: str) -> dict[str, torch.Tensor]:
     full = {}
     for name, by_rank in shards.items():
         ordered = [by_rank[rank] for rank in range(job.tensor)]
-        if name.startswith(("connector.", "image_newline")):
+        if name.startswith(("connector.", "image_newline", "vision_tower.")):
             for other in ordered[1:]:
                 assert torch.equal(ordered[0], other), f"{name} differs between tensor-parallel ranks"
             full[name] = ordered[0]

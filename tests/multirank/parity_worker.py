@@ -9,6 +9,7 @@ from dc_megatron.inference.assemble import build_model, global_name, load_langua
 from dc_megatron.model.language_model import Layout, transformer_config
 from dc_megatron.runtime import parallel
 from dc_megatron.training.forward_step import make_forward_step
+from dc_megatron.training.parameter_groups import group_overrides
 from tests.multirank.job import Job
 
 
@@ -39,6 +40,9 @@ def _seed_fault(fault: str | None, model) -> None:
         model.layer_table = LayerTable(table.final, (group, *table.groups[1:]))
     elif fault == "unmasked padded column":
         loss_head.mask_padded_columns = lambda logits, vocab_size, group: logits
+    elif fault == "tower gradients of one rank" and model.vision_tower is not None:
+        for parameter in model.vision_tower.parameters():
+            parameter.average_gradients_across_tp_domain = False
     elif fault == "missing tensor-parallel reduction":
         loss_head.copy_to_tensor_model_parallel_region = lambda hidden, group=None: hidden
 
@@ -55,7 +59,7 @@ def build(job: Job):
         job.pipeline,
         job.virtual,
         job.sequence_parallel,
-        torch.bfloat16 if job.bf16 else torch.float32,
+        torch.bfloat16 if job.bf16 else torch.float16 if job.fp16 else torch.float32,
     )
     config = transformer_config(language, layout)
     config.calculate_per_token_loss = job.loss_reduction == "token"
@@ -87,7 +91,7 @@ def build(job: Job):
         load_vision_tower(model, vision, connector)
         if model.connector is not None and job.connector_state:
             _load_connector(model, job.connector_state)
-        model.set_trainable(set(job.trainable.split(",")))
+        model.set_trainable(set(job.trainable.split(",")), recompute_tower=job.recompute == "full")
         _seed_fault(job.fault, model)
         chunks.append(model)
     return config, chunks
@@ -112,7 +116,9 @@ def _load_connector(model, state: dict) -> None:
 
 
 def _named_tensors(chunks: list, of) -> dict:
-    """Language-model tensors by global name, ``connector.*`` and ``image_newline``, where ``of`` gives one."""
+    """Tensors where ``of`` gives one: the language model's by global name, ``connector.*``, ``image_newline``, and
+    ``vision_tower.*`` where that learns.
+    """
     found = {}
     for model in chunks:
         for name, parameter in model.language_model.named_parameters():
@@ -122,6 +128,10 @@ def _named_tensors(chunks: list, of) -> dict:
             for name, parameter in model.connector.named_parameters():
                 if of(parameter) is not None:
                     found[f"connector.{name}"] = of(parameter).detach().float().clone()
+        if model.vision_tower is not None and model.vision_tower.learns:
+            for name, parameter in model.vision_tower.read_state().items():
+                if of(parameter) is not None:
+                    found[f"vision_tower.{name}"] = of(parameter).detach().float().clone()
         if model.image_newline is not None and of(model.image_newline) is not None:
             found["image_newline"] = of(model.image_newline).detach().float().clone()
     return found
@@ -164,6 +174,12 @@ class _Ahead:
         self.samples += counts["samples"]
 
 
+def _start_schedule(optimizer, weight_decay: float) -> None:
+    """Learning rates and weight decay of the groups, as the scheduler sets them."""
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = group["max_lr"], weight_decay * group["wd_mult"]
+
+
 def train(job: Job) -> dict:
     """Run ``job`` on this rank: losses by step, first-step gradients and final parameters.
 
@@ -196,24 +212,25 @@ def train(job: Job) -> dict:
             overlap_param_gather=job.overlap_param_gather,
             bucket_size=2000 if job.overlap_grad_reduce else None,
         )
-        chunks = [Float16Module(config, model) for model in models] if job.bf16 else models
+        chunks = [Float16Module(config, model) for model in models] if job.bf16 or job.fp16 else models
         chunks = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
-        optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=job.lr,
-                weight_decay=0.0,
-                adam_beta1=0.9,
-                adam_beta2=0.999,
-                adam_eps=1e-8,
-                clip_grad=1.0,
-                bf16=job.bf16,
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=job.distributed_optimizer,
-                overlap_param_gather=job.overlap_param_gather,
-            ),
-            chunks,
+        settings = OptimizerConfig(
+            optimizer="adam",
+            lr=job.lr,
+            weight_decay=job.weight_decay,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            adam_eps=1e-8,
+            clip_grad=1.0,
+            bf16=job.bf16,
+            fp16=job.fp16,
+            initial_loss_scale=job.initial_loss_scale,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=job.distributed_optimizer,
+            overlap_param_gather=job.overlap_param_gather,
         )
+        optimizer = get_megatron_optimizer(settings, chunks, config_overrides=group_overrides(settings, job.rates))
+        _start_schedule(optimizer, job.weight_decay)
         config = get_model_config(chunks[0])
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = optimizer.scale_loss
@@ -224,8 +241,10 @@ def train(job: Job) -> dict:
         data_rank, data_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         tensor_rank = mpu.get_tensor_model_parallel_rank()
         ahead = _Ahead(models[0]) if job.tower_stages == "all" else None
-        losses, norms, gradients = [], [], {}
+        losses, norms, gradients, scales, steps_taken = [], [], {}, [], []
         for number, step in enumerate(job.micro_batches):
+            for group in optimizer.param_groups if job.shares else ():
+                group["lr"] = group["max_lr"] * job.shares[number]
             for chunk in chunks:
                 # As the engine does: the first iteration needs no gathering, later ones gather in forward pre-hooks.
                 if job.overlap_param_gather and number == 0:
@@ -254,7 +273,9 @@ def train(job: Job) -> dict:
                 if job.distributed_optimizer:
                     _gather_reduced_gradients(chunks)
                 gradients = _named_tensors(models, lambda p: getattr(p, "main_grad", None))
-            _, norm, _ = optimizer.step()
+            scales.append(optimizer.get_loss_scale().item())
+            taken, norm, _ = optimizer.step()
+            steps_taken.append(taken)
             norms.append(norm)
             losses.append(_global_loss(reported))
         if job.overlap_param_gather and len(job.micro_batches) > 1:
@@ -266,6 +287,8 @@ def train(job: Job) -> dict:
             "data_rank": data_rank,
             "losses": losses,
             "grad_norms": norms,
+            "loss_scales": scales,
+            "steps_taken": steps_taken,
             "chunked_rows": chunked,
             "encoded_tiles": ahead.encoded if ahead is not None else None,
             "samples": ahead.samples if ahead is not None else None,
@@ -285,3 +308,17 @@ def _global_loss(reported: list[dict]) -> float | None:
     total = torch.stack([entry["lm loss"] for entry in reported]).sum(dim=0)
     torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
     return float(total[0] / total[1])
+
+
+def decaying(job: Job) -> dict[str, bool]:
+    """Whether weight decay acts on a parameter, by the groups of the optimizer that megatron-core makes."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    parallel.start(1, 1)
+    config, models = build(job)
+    chunk = DistributedDataParallel(config, DistributedDataParallelConfig(), models[0])
+    settings = OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1)
+    optimizer = get_megatron_optimizer(settings, [chunk], config_overrides=group_overrides(settings, job.rates))
+    decay = {id(p): group["wd_mult"] > 0 for group in optimizer.param_groups for p in group["params"]}
+    return {name: decay[id(parameter)] for name, parameter in models[0].named_parameters() if parameter.requires_grad}

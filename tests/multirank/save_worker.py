@@ -140,7 +140,7 @@ def save(folder: str, iteration: int, tree: str, models: tuple[str, str], stops:
         checked, "plan", 0, 0, None, SimpleNamespace(lap=lambda: None), SimpleNamespace(alive=lambda: None), []
     )
     hook = engine_hooks._save_hook(_Engine(args, tree, stops).save_checkpoint, session)
-    model = [SimpleNamespace(connector=_Connector(), image_newline=None)]
+    model = [SimpleNamespace(connector=_Connector(), image_newline=None, tower_is_stored=False)]
     os.makedirs(folder, exist_ok=True)
     with mock.patch.object(engine_hooks, "get_args", return_value=args), stops.installed(exchanges):
         try:

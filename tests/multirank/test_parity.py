@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
+from dc_megatron.config import ConnectorConfig, VisionConfig
 from dc_megatron.reference.model import ReferenceModel
 from tests.helpers.tiny_models import (
     tiny_clip,
@@ -19,7 +19,7 @@ from tests.helpers.tiny_models import (
     tiny_siglip,
 )
 from tests.multirank import parity
-from tests.multirank.job import Job
+from tests.multirank.parity import assert_first_step_equal, make_job
 
 TRAIN = "tests.multirank.parity_worker:train"
 STEPS = 20
@@ -59,20 +59,6 @@ def folders(tmp_path_factory):
     }
 
 
-def make_job(folders, language="llama", tower="clip", connector="dci", counts=((1, 3), (2, 0)), steps=1, **settings):
-    vision, settings_connector = VisionConfig.from_folder(folders[tower]), ConnectorConfig(connector)
-    width = LanguageConfig.from_folder(folders[language]).hidden_size
-    batches = parity.make_step([list(rows) for rows in counts], vision, settings_connector)
-    return Job(
-        language_folder=folders[language],
-        vision_folder=folders[tower],
-        micro_batches=[batches] * steps,
-        connector_type=connector,
-        connector_state=parity.connector_state(vision, settings_connector, width),
-        **settings,
-    )
-
-
 @pytest.fixture(scope="module")
 def reference_curves(folders):
     """The reference's run of both stages, shared by all layouts."""
@@ -80,13 +66,6 @@ def reference_curves(folders):
         trainable: parity.run_reference(make_job(folders, steps=STEPS, trainable=trainable))
         for trainable in STAGES.values()
     }
-
-
-def assert_first_step_equal(job, results, reference):
-    difference = abs(parity.losses(results)[0] - reference["losses"][0])
-    assert difference <= parity.LOSS_TOLERANCE, f"loss differs by {difference}"
-    worst, name = parity.worst_difference(parity.merge(job, results, "gradients"), reference["gradients"])
-    assert worst <= parity.GRADIENT_TOLERANCE, f"gradient of {name} differs by {worst:.2e}"
 
 
 @pytest.mark.parametrize("stage", STAGES)

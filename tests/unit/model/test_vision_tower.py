@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from dc_megatron.config import TOWERS, ConnectorConfig, LayerTable, VisionConfig, layer_table
-from dc_megatron.model.vision_tower import FrozenVisionTower
+from dc_megatron.model.vision_tower import VisionTower
 from dc_megatron.weights.vision_tables import vision_state_dict
 from tests.helpers.tiny_models import VISION_MAKERS
 
@@ -21,10 +21,10 @@ def towers(tmp_path_factory):
     return {name: make(root / name) for name, make in VISION_MAKERS.items()}
 
 
-def load(folder: str, kind: str) -> tuple[FrozenVisionTower, VisionConfig, LayerTable]:
+def load(folder: str, kind: str) -> tuple[VisionTower, VisionConfig, LayerTable]:
     vision, connector = VisionConfig.from_folder(folder), ConnectorConfig(kind)
     table = layer_table(vision, connector)
-    tower = FrozenVisionTower(vision, table)
+    tower = VisionTower(vision, table)
     tower.load(vision_state_dict(folder, vision, connector))
     return tower, vision, table
 
@@ -87,7 +87,7 @@ def test_the_tower_of_a_whole_clip_or_siglip(towers, family):
 def test_layers_that_are_not_read_are_never_built(towers, family, kind, select_layer, deepest):
     vision = VisionConfig.from_folder(towers[family])
     table = layer_table(vision, ConnectorConfig(kind, select_layer=select_layer))
-    tower = FrozenVisionTower(vision, table)
+    tower = VisionTower(vision, table)
     assert (table.deepest, len(tower.model.encoder.layers)) == (deepest, deepest)
     layers = {n.split("layers.")[1].split(".")[0] for n, _ in tower.named_parameters() if "layers." in n}
     assert layers == {str(i) for i in range(deepest)}

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dc_megatron.benchmark.step_workload import read_workload
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, layer_table
 from dc_megatron.model.dense_connector import DenseConnector
-from dc_megatron.model.vision_tower import FrozenVisionTower
+from dc_megatron.model.vision_tower import VisionTower
 from dc_megatron.planner.flops import linear_parameters, step_flops, tower_flops
 
 LENGTH, TARGETS = 24, 7
@@ -141,7 +141,7 @@ def test_attention_counts_each_sample_alone():
 def test_towers(family, kind):
     """Exactly: patch embedding and the layers that are built; CLS counts as a position, and is no patch."""
     vision, connector = VisionConfig.from_config(TOWERS[family], "test"), ConnectorConfig(kind)
-    tower = FrozenVisionTower(vision, layer_table(vision, connector))
+    tower = VisionTower(vision, layer_table(vision, connector))
     tower.model.config._attn_implementation = "eager"  # the counter knows no fused attention of a CPU
     size = TOWERS[family]["image_size"]
     assert counted(lambda: tower(torch.zeros(1, 3, size, size))) == tower_flops(vision, connector)

@@ -128,10 +128,31 @@ def test_megatrons_constant_keeps_its_warm_up():
         ("--tune_mm_mlp_adapter True", ("connector",)),
         ("--freeze_backbone True --trainable connector", ("connector",)),
         ("--tune_mm_mlp_adapter False --trainable connector,llm", ("connector", "llm")),
+        ("--trainable vision_tower,llm,connector", ("connector", "llm", "vision_tower")),
+        ("--unfreeze_mm_vision_tower True", ("connector", "llm", "vision_tower")),
+        ("--unfreeze_mm_vision_tower True --tune_mm_mlp_adapter True", ("connector", "vision_tower")),
+        ("--unfreeze_mm_vision_tower False", ("connector", "llm")),
     ],
 )
 def test_what_learns(line, parts):
     assert settings(line).trainable == parts
+
+
+@pytest.mark.parametrize(
+    ("line", "rates"),
+    [
+        ("", {}),
+        ("--lr 1e-3 --mm_projector_lr 1e-3", {}),
+        (
+            "--mm_projector_lr 2e-5 --vision_tower_lr 2e-6 --unfreeze_mm_vision_tower True",
+            {"connector": 2e-5, "vision_tower": 2e-6},
+        ),
+        ("--mm-projector-lr 0 --trainable connector", {"connector": 0.0}),
+    ],
+)
+def test_parts_with_a_rate_of_their_own(line, rates):
+    assert settings(line).own_rates == rates
+    assert not any("projector-lr" in word or "tower-lr" in word for word in engine(line))
 
 
 def test_uneven_pipeline_is_noticed():
@@ -181,9 +202,24 @@ def test_a_shorter_row_shortens_the_samples_with_a_note():
         ("--lora-r 128", "--lora-r 128 not available yet"),
         ("--mm_use_im_start_end", "--mm_use_im_start_end True not available yet"),
         ("--bits 4", "--bits 4 not available yet"),
-        ("--unfreeze_mm_vision_tower True", "not available yet"),
-        ("--trainable vision_tower,connector", "vision tower is not available yet"),
-        ("--trainable llm", "the connector always learns"),
+        ("--trainable llm", "the connector always learns; use connector,llm"),
+        ("--trainable vision_tower,llm", "the connector always learns; use connector,vision_tower,llm"),
+        ("--unfreeze_mm_vision_tower True --trainable connector", "contradicts --unfreeze_mm_vision_tower True"),
+        (
+            "--unfreeze_mm_vision_tower False --trainable connector,vision_tower",
+            "contradicts --unfreeze_mm_vision_tower False",
+        ),
+        ("--vision_tower_lr 1e-6", "--vision_tower_lr 1e-06 add vision_tower to --trainable"),
+        ("--mm_projector_lr -1", "--mm_projector_lr -1.0 must not be negative"),
+        (
+            "--mm_projector_lr 1e-3 --lr-warmup-init 1e-4",
+            "--lr-warmup-init 1e-4 cannot be given beside --mm_projector_lr",
+        ),
+        ("--trainable connector,vision_tower --recompute auto", "--recompute auto takes the vision tower for frozen"),
+        (
+            "--trainable connector,vision_tower --vision-tower-stages all",
+            "stages all takes the vision tower for frozen",
+        ),
         ("--trainable conector", "unknown part 'conector' did you mean 'connector'"),
         ("--trainable connector,llm --tune_mm_mlp_adapter True", "contradicts --tune_mm_mlp_adapter"),
         ("--trainable connector,llm --freeze_backbone", "contradicts --freeze_backbone"),

@@ -13,9 +13,10 @@ def hooks(workers) -> dict[str, dict]:
     return {row["target"].split(":")[1]: row for row in rows}
 
 
-def test_exactly_five_functions_are_wrapped_each_with_a_reason(hooks):
+def test_exactly_six_functions_are_wrapped_each_with_a_reason(hooks):
     assert sorted(row["target"] for row in hooks.values()) == [
         "megatron.training.checkpointing:_load_base_checkpoint",
+        "megatron.training.training:get_megatron_optimizer",
         "megatron.training.training:save_checkpoint",
         "megatron.training.training:train_step",
         "megatron.training.training:training_log",
@@ -45,6 +46,15 @@ def test_train_step_takes_and_gets_what_the_hook_reads(hooks):
     (positional,) = row["positional"]
     assert positional[0::2][:2] == ["forward_step_func", "model"]
     assert not set(row["keywords"][0]) & set(expected)
+
+
+def test_the_optimizer_takes_and_gets_what_the_hook_reads(hooks):
+    row = hooks["get_megatron_optimizer"]
+    assert row["parameters"][:3] == ["config", "model_chunks", "config_overrides"]
+    assert row["wrapped"] == ["config", "model_chunks", "config_overrides", "more"]
+    (positional,), (keywords,) = row["positional"], row["keywords"]
+    assert positional == ["config", "model"]
+    assert "config_overrides" in keywords
 
 
 def test_save_checkpoint_takes_and_gets_what_the_hook_reads(hooks):
@@ -86,6 +96,23 @@ def test_others_hear_of_a_checkpoint_when_it_is_in_its_place(hooks, workers):
     assert hooks["on_save_checkpoint_success"]["parameters"] == hooks["on_save_checkpoint_success"]["wrapped"]
     (told,) = workers.run(f"{WORKER}:told_of_a_save", 1)
     assert told == ("run/iter_0000004", "run/latest_checkpointed_iteration.txt", "run", 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "peaks", "expected"),
+    [
+        ("", [1e-3, 1e-3], {"lr": 5e-4}),
+        ("--mm_projector_lr 1e-2", [1e-3, 1e-2], {"lr": 5e-4, "lr_connector": 5e-3}),
+        # Stage 1: the connector alone, at a rate of its own.
+        ("--trainable connector --mm_projector_lr 1e-2", [1e-2], {"lr": 5e-3, "lr_connector": 5e-3}),
+        # A stage that has nothing which learns knows no rates, and the same names.
+        ("--mm_projector_lr 1e-2", [], {"lr": 0.0, "lr_connector": 0.0}),
+    ],
+)
+def test_metrics_name_the_rate_of_every_part(workers, flags, peaks, expected):
+    groups = [{"max_lr": peak, "lr": peak / 2} for peak in peaks]
+    (found,) = workers.run(f"{WORKER}:part_rates", 1, ["--learning_rate", "1e-3", *flags.split()], groups)
+    assert found == expected
 
 
 def test_install_puts_a_wrapper_around_each_original(workers):

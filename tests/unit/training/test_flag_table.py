@@ -20,9 +20,10 @@ image_grid_pinpoints mm_patch_merge_type model_max_length
 seq_length packing group_by_modality_length video_frames data_order image_backend image_decode_device
 max_bad_sample_rate index_folder
 dataloader_num_workers seed trainable
-tune_mm_mlp_adapter freeze_backbone num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
+tune_mm_mlp_adapter freeze_backbone unfreeze_mm_vision_tower
+num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
 global_batch_size micro_batch_size loss_reduction gradient_checkpointing recompute bf16 fp16
-fp8_format fp8_recipe fp8_check_interval learning_rate min_lr
+fp8_format fp8_recipe fp8_check_interval learning_rate mm_projector_lr vision_tower_lr min_lr
 lr_scheduler_type warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm output_dir
 load verify_checkpoint save_steps save_strategy logging_steps report_to logging_dir log_images
 tensor_model_parallel_size pipeline_model_parallel_size pipeline_split vision_tower_stages sequence_parallel
@@ -33,7 +34,7 @@ save_total_limit is_multimodal remove_unused_columns cache_dir run_name attn_imp
 overwrite_output_dir double_quant quant_type
 """)
 LATER_NAMES = shlex.split("""
-mm_use_im_start_end mm_use_im_patch_token mm_projector_lr freeze_mm_mlp_adapter unfreeze_mm_vision_tower lora_enable
+mm_use_im_start_end mm_use_im_patch_token freeze_mm_mlp_adapter lora_enable
 lora_r lora_alpha lora_dropout lora_weight_path lora_bias bits optim resume_from_checkpoint
 """)
 

@@ -18,7 +18,9 @@ from dc_megatron.training.resume import (
     refuse_another_batch,
     refuse_another_model,
     refuse_damaged_files,
+    refuse_other_groups,
     refuse_other_tower_weights,
+    what_learns,
 )
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.durable_files import hash_file
@@ -508,3 +510,32 @@ def test_another_global_batch_is_refused(own):
         refuse_another_batch(begun, 64)
     # Weights alone carry no position.
     refuse_another_batch(start(f"--load {own} --finetune --output_dir {own}-2"), 64)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--trainable connector", "--trainable connector was trained with connector,llm,vision_tower"),
+        ("--learning_rate 2e-4", "--learning_rate 0.0002 was trained with 0.001"),
+        ("--mm_projector_lr 1e-5", "--mm_projector_lr 1e-05 was trained with 0.01"),
+        ("--vision_tower_lr 1e-5", "--vision_tower_lr 1e-05 was trained with 0.001 --finetune"),
+        ("--weight_decay 0.1 --max_steps 9", ""),
+    ],
+)
+def test_a_run_resumes_with_the_parts_and_rates_of_its_optimizer(tmp_path, line, words):
+    first = "--learning_rate 1e-3 --mm_projector_lr 1e-2 --trainable connector,llm,vision_tower"
+    own = tmp_path / "own"
+    save(own, 4, learning=what_learns(translate(shlex.split(first)).settings))
+    settings = translate(shlex.split(f"{first} {line}")).settings
+    begun = start(f"--output_dir {own}")
+    if not words:
+        refuse_other_groups(begun, settings)
+        return
+    with pytest.raises(UserError) as caught:
+        refuse_other_groups(begun, settings)
+    assert all(word in str(caught.value) for word in words.split())
+
+
+def test_a_checkpoint_that_does_not_say_what_learned_is_resumed(tmp_path):
+    save(tmp_path / "own", 4)
+    refuse_other_groups(start(f"--output_dir {tmp_path / 'own'}"), translate(["--learning_rate", "1"]).settings)
