@@ -6,12 +6,13 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dc_megatron.config import ConnectorConfig, ImageTiling, LanguageConfig, VisionConfig, layer_table
+from dc_megatron.config import ConnectorConfig, ImageTiling, LanguageConfig, LoraConfig, VisionConfig, layer_table
 from dc_megatron.model.dense_connector import DenseConnector, initial_newline
 from dc_megatron.model.language_model import build_language_model
 from dc_megatron.model.multimodal_model import NEWLINE, DenseConnectorModel
 from dc_megatron.model.vision_tower import FrozenVisionTower
 from dc_megatron.weights.language_loading import LanguageWeights
+from dc_megatron.weights.lora_table import adapted_linears
 from dc_megatron.weights.projector_files import read_projector
 from dc_megatron.weights.torch_dist_tree import check_tree
 from dc_megatron.weights.vision_tables import vision_state_dict
@@ -28,6 +29,7 @@ def build_model(
     transformer_engine: bool,
     seed: int,
     tiling: ImageTiling | None = None,
+    lora: LoraConfig | None = None,
     packed: bool = False,
     pre_process: bool = True,
     post_process: bool = True,
@@ -36,11 +38,11 @@ def build_model(
 ) -> DenseConnectorModel:
     """This rank's part of the model in fp32 and random weights; tower and connector only where ``pre_process``.
 
-    tiling: says whether there is an image_newline; None: there is none.
+    tiling: says whether there is an image_newline; None: there is none. lora: adapters beside the linears of the layers.
     """
     table = layer_table(vision, connector)
     has_newline = pre_process and tiling is not None and tiling.has_newline
-    return DenseConnectorModel(
+    model = DenseConnectorModel(
         build_language_model(
             language,
             config,
@@ -60,6 +62,9 @@ def build_model(
         image_newline=initial_newline(language.hidden_size, seed) if has_newline else None,
         packed=packed,
     )
+    if lora is not None:
+        model.add_adapters(adapted_linears(language), lora, seed)
+    return model
 
 
 def load_vision_tower(model: DenseConnectorModel, vision: VisionConfig, connector: ConnectorConfig) -> None:

@@ -29,6 +29,9 @@ def _seed_fault(fault: str | None, model) -> None:
         model.layer_table = LayerTable(table.final, (group, *table.groups[1:]))
     elif fault == "unmasked padded column":
         loss_head.mask_padded_columns = lambda logits, vocab_size, group: logits
+    elif fault == "factor not marked for sequence parallelism":
+        for name, parameter in model.lora.named_parameters():
+            parameter.sequence_parallel = False
     elif fault == "missing tensor-parallel reduction":
         loss_head.copy_to_tensor_model_parallel_region = lambda hidden, group=None: hidden
 
@@ -65,6 +68,7 @@ def build(job: Job):
             transformer_engine=False,
             seed=1,
             tiling=job.tiling,
+            lora=job.lora,
             packed=job.packed,
             pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -74,6 +78,8 @@ def build(job: Job):
         load_vision_tower(model, vision, connector)
         if model.connector is not None and job.connector_state:
             _load_connector(model, job.connector_state)
+        if job.lora_state:
+            model.lora.fill(job.lora_state.__getitem__)
         model.set_trainable(set(job.trainable.split(",")))
         _seed_fault(job.fault, model)
         chunks.append(model)
@@ -98,6 +104,10 @@ def _named_tensors(chunks: list, of) -> dict:
             for name, parameter in model.connector.named_parameters():
                 if of(parameter) is not None:
                     found[f"connector.{name}"] = of(parameter).detach().float().clone()
+        if model.lora is not None:
+            for name, parameter in model.lora.named_parameters():
+                if of(parameter) is not None:
+                    found[f"lora.{name}"] = of(parameter).detach().float().clone()
         if model.image_newline is not None and of(model.image_newline) is not None:
             found["image_newline"] = of(model.image_newline).detach().float().clone()
     return found
