@@ -13,6 +13,7 @@ from dc_megatron.model.multimodal_model import NEWLINE, DenseConnectorModel
 from dc_megatron.model.vision_tower import FrozenVisionTower
 from dc_megatron.weights.language_loading import LanguageWeights
 from dc_megatron.weights.lora_table import adapted_linears
+from dc_megatron.weights.peft_files import PeftFactors
 from dc_megatron.weights.projector_files import read_projector
 from dc_megatron.weights.torch_dist_tree import check_tree
 from dc_megatron.weights.vision_tables import vision_state_dict
@@ -38,7 +39,8 @@ def build_model(
 ) -> DenseConnectorModel:
     """This rank's part of the model in fp32 and random weights; tower and connector only where ``pre_process``.
 
-    tiling: says whether there is an image_newline; None: there is none. lora: adapters beside the linears of the layers.
+    tiling: says whether there is an image_newline; None: there is none. lora: adapters, beside all linears of
+    the layers.
     """
     table = layer_table(vision, connector)
     has_newline = pre_process and tiling is not None and tiling.has_newline
@@ -105,6 +107,11 @@ def load_language_model(model: DenseConnectorModel, language: LanguageConfig, vo
         shard = weights.shard(source)
         assert shard.shape == parameter.shape, f"{source}: shard {tuple(shard.shape)}, model {tuple(parameter.shape)}"
         parameter.copy_(shard)
+
+
+def load_adapters(model: DenseConnectorModel, path: str, language: LanguageConfig, lora: LoraConfig) -> None:
+    """Fill this rank's adapters from PEFT's folder ``path``. Every rank opens it, so all refuse alike."""
+    model.lora.fill(PeftFactors(path, language, lora).read)
 
 
 def global_name(model: DenseConnectorModel, name: str) -> str:

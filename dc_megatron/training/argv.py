@@ -18,6 +18,7 @@ from dc_megatron.training.engine_flags import EngineFlag, check_engine_flag, eng
 from dc_megatron.training.flag_table import AVAILABLE, FLAGS, NO_MEANING, NOT_YET, Flag, flags_by_key
 from dc_megatron.training.fp8_flags import fp8_words, refuse_impossible_fp8
 from dc_megatron.training.layout_flags import UNEVEN_PIPELINE, recompute_argv, refuse_contradicted_layout
+from dc_megatron.training.lora_flags import TRAINED, refuse_impossible_lora, refuse_other_training
 from dc_megatron.training.settings import RunSettings
 
 REQUIRED_FOR_TRAINING = ("model_name_or_path", "vision_tower", "data_path", "version")
@@ -176,7 +177,13 @@ def _read_engine(flag: EngineFlag, key: str, following: list[str], reading: _Rea
 
 
 def _trainable(reading: _Reading) -> tuple[str, ...]:
-    """The parts that learn, in the order connector, llm. LLaVA's two switches mean ``connector``."""
+    """The parts that learn, in the order connector, llm. LLaVA's two switches mean ``connector``.
+
+    Beside adapters the language model is frozen anyway, so that --freeze_backbone says nothing new.
+    """
+    if reading.values.get("lora_enable"):
+        refuse_other_training(reading.values)
+        return TRAINED
     only_connector = [n for n in ("tune_mm_mlp_adapter", "freeze_backbone") if reading.values.get(n)]
     if "trainable" not in reading.values:
         return ("connector",) if only_connector else ("connector", "llm")
@@ -216,6 +223,7 @@ def _refuse_contradictions(reading: _Reading, values: dict) -> None:
     _settle_packing(reading, values)
     _refuse_decoding(values)
     refuse_impossible_fp8(values, set(reading.values))
+    refuse_impossible_lora(values, set(reading.values))
     refuse_contradicted_layout(values, set(reading.values), reading.engine)
     if values["min_lr"] > values["learning_rate"]:
         raise UserError(f"--min-lr {values['min_lr']}: above --learning_rate {values['learning_rate']}")

@@ -89,7 +89,7 @@ def run_reference(job: Job) -> dict:
 
 
 def _plain(name: str) -> str:
-    """The reference's parameter names as the language model's own (``model.layers...``), ``connector.*`` or ``lora.*``."""
+    """The reference's parameter names as the language model's own, ``connector.*`` or ``lora.*``."""
     name = name.removeprefix("language_model.")
     return name.replace("base_model.model.", "lora.").replace(".default.", ".") if ".lora_" in name else name
 

@@ -30,7 +30,7 @@ def _seed_fault(fault: str | None, model) -> None:
     elif fault == "unmasked padded column":
         loss_head.mask_padded_columns = lambda logits, vocab_size, group: logits
     elif fault == "factor not marked for sequence parallelism":
-        for name, parameter in model.lora.named_parameters():
+        for parameter in model.lora.parameters():
             parameter.sequence_parallel = False
     elif fault == "missing tensor-parallel reduction":
         loss_head.copy_to_tensor_model_parallel_region = lambda hidden, group=None: hidden

@@ -20,7 +20,8 @@ image_grid_pinpoints mm_patch_merge_type model_max_length
 seq_length packing group_by_modality_length video_frames data_order image_backend image_decode_device
 max_bad_sample_rate index_folder
 dataloader_num_workers seed trainable
-tune_mm_mlp_adapter freeze_backbone num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
+tune_mm_mlp_adapter freeze_backbone lora_enable lora_r lora_alpha lora_dropout lora_weight_path lora_bias
+num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
 global_batch_size micro_batch_size loss_reduction gradient_checkpointing recompute bf16 fp16
 fp8_format fp8_recipe fp8_check_interval learning_rate min_lr
 lr_scheduler_type warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm output_dir
@@ -33,8 +34,8 @@ save_total_limit is_multimodal remove_unused_columns cache_dir run_name attn_imp
 overwrite_output_dir double_quant quant_type
 """)
 LATER_NAMES = shlex.split("""
-mm_use_im_start_end mm_use_im_patch_token mm_projector_lr freeze_mm_mlp_adapter unfreeze_mm_vision_tower lora_enable
-lora_r lora_alpha lora_dropout lora_weight_path lora_bias bits optim resume_from_checkpoint
+mm_use_im_start_end mm_use_im_patch_token mm_projector_lr freeze_mm_mlp_adapter unfreeze_mm_vision_tower
+bits optim resume_from_checkpoint
 """)
 
 # Names that both worlds know, and what happens to them. "as it is": read here and handed on under the same name or
