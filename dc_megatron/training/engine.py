@@ -80,8 +80,8 @@ def _check_weights(checked: run.Checked) -> list[str]:
     if checked.start.loads:
         check_tree(checked.start.tree)
     if checked.lora and checked.start.loads:
-        recorded = read_description(checked.start.folder).language_model_files or {}
-        refuse_another_base(language.path, recorded, checked.start.folder, *_share_of_node())
+        recorded = read_description(checked.start.folder).language_model_files
+        refuse_another_base(language.path, recorded, checked.start.folder)
     if not checked.start.loads or checked.lora:
         LanguageWeights(language.path, language, 0, 1, language.vocab_size)
     if checked.lora and settings.lora_weight_path and not checked.start.loads:
@@ -98,11 +98,6 @@ def _check_weights(checked: run.Checked) -> list[str]:
             type_named=checked.names_connector_type,
         )
     return _notes_on_newline(checked)
-
-
-def _share_of_node() -> tuple[int, int]:
-    """This process among those of its node, which share out what every node has to read of its own disk."""
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _notes_on_newline(checked: run.Checked) -> list[str]:

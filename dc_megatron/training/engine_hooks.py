@@ -191,13 +191,12 @@ def _save_hook(original: Callable, session: Session) -> Callable:
 
 
 def _hash_base(session: Session) -> None:
-    """Hash the model below adapters once a run; every node reads its own copy, its processes a share each."""
+    """Hash the model below adapters, once a run: all ranks together."""
     settings = session.checked.settings
     if session.checked.lora is None or session.base_files is not None:
         return
-    share, of = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     found: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, hash_base(settings.model_name_or_path, share, of))
+    torch.distributed.all_gather_object(found, hash_base(settings.model_name_or_path))
     session.base_files = {name: own[name] for own in found for name in own}
     for own in found:
         for name, digest in own.items():
