@@ -11,12 +11,10 @@ from safetensors.torch import load_file
 
 from tests.helpers.reference_batches import make_batch
 from tests.multirank import parity
-from tests.multirank.lora_jobs import make_folders, make_job
+from tests.multirank.lora_jobs import LORA, make_folders, make_job
 
 TRAIN = "tests.multirank.parity_worker:train"
 STEPS = 20
-# What the issue asks for; the curves lie closer.
-CURVE_TOLERANCE = 1e-4
 LAYOUTS = {
     "TP1": {},
     "TP2": {"tensor": 2},
@@ -56,8 +54,8 @@ def test_twenty_steps_equal_peft(workers, folders, reference_curve, layout):
     assert_first_step_equal(job, results, reference_curve)
     ours = parity.losses(results)
     worst = max(abs(a - b) for a, b in zip(ours, reference_curve["losses"], strict=True))
-    assert worst <= CURVE_TOLERANCE, f"curves part by {worst}"
-    assert ours[0] - ours[-1] >= 0.3, f"the loss fell from {ours[0]} to {ours[-1]} only"
+    assert worst <= parity.CURVE_TOLERANCE, f"curves part by {worst}"
+    assert ours[0] - ours[-1] >= 0.5, f"the loss fell from {ours[0]} to {ours[-1]} only"
     final = parity.merge(job, results, "parameters")
     start = reference_curve["start"]
     moved = {n: p - start[n] for n, p in reference_curve["parameters"].items() if n in reference_curve["gradients"]}
@@ -125,6 +123,17 @@ def test_a_missing_mark_for_sequence_parallelism_is_noticed(workers, folders, re
     job = make_job(folders, tensor=2, sequence_parallel=True, fault=fault)
     with pytest.raises(AssertionError, match="differs"):
         assert_first_step_equal(job, workers.run(TRAIN, 2, job), reference_curve)
+
+
+@pytest.mark.parametrize("layout", [{}, {"sequence_parallel": True}], ids=["TP2", "TP2+SP"])
+def test_layers_that_are_computed_again_drop_the_same_inputs(workers, folders, layout):
+    job = replace(make_job(folders, tensor=2, **layout), lora=replace(LORA, dropout=0.3))
+    once, again = (workers.run(TRAIN, 2, replace(job, recompute=recompute)) for recompute in (False, True))
+    assert parity.losses(once) == parity.losses(again)
+    worst, name = parity.worst_difference(parity.merge(job, once, "gradients"), parity.merge(job, again, "gradients"))
+    assert worst <= 1e-6, f"gradient of {name} differs by {worst:.2e}"
+    plain = workers.run(TRAIN, 2, replace(job, lora=LORA))
+    assert abs(parity.losses(plain)[0] - parity.losses(once)[0]) > 1e-3, "nothing was dropped"
 
 
 def test_bf16_stays_near_fp32(workers, folders, reference_curve):
