@@ -189,6 +189,8 @@ def _trainable(reading: _Reading) -> tuple[str, ...]:
         return ("connector",) if only_connector else ("connector", "llm")
     text = str(reading.values["trainable"])
     parts = [part.strip() for part in text.split(",") if part.strip()]
+    if "lora" in parts:
+        raise UserError(f"--trainable {text}: adapters need --lora_enable True, with --lora_r and --lora_alpha; add it")
     for part in parts:
         if part not in ("connector", "llm", "vision_tower"):
             raise UserError(

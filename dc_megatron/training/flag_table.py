@@ -185,7 +185,7 @@ _DATA = (
 )
 
 _TRAINING = (
-    Flag("trainable", str, "connector,llm", "parts that learn: connector[,llm]", TRAINING),
+    Flag("trainable", str, "connector,llm", "parts that learn: connector[,llm], or connector,lora", TRAINING),
     Flag("tune_mm_mlp_adapter", bool, False, "True is --trainable connector", TRAINING),
     Flag("freeze_backbone", bool, False, "True is --trainable connector", TRAINING),
     Flag("num_train_epochs", float, 1.0, "passes over the data", TRAINING),

@@ -36,10 +36,10 @@ def refuse_impossible_lora(values: Mapping, given: Collection[str]) -> None:
 
 def refuse_other_training(given: Mapping[str, object]) -> None:
     """UserError for flags that choose other parts to train than adapters and connector."""
-    if "trainable" in given:
+    if {part.strip() for part in str(given.get("trainable", ",".join(TRAINED))).split(",")} != {*TRAINED}:
         raise UserError(
             f"--trainable {given['trainable']} contradicts --lora_enable True, which trains the connector and adapters"
-            " on a frozen language model; leave one of them out"
+            f" on a frozen language model; leave one of them out, or say --trainable {','.join(TRAINED)}"
         )
     if given.get("tune_mm_mlp_adapter"):
         raise UserError("--tune_mm_mlp_adapter True, the connector alone, contradicts --lora_enable True; give one")

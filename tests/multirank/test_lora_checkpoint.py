@@ -85,7 +85,7 @@ def test_peft_loads_the_adapter_and_merged_equals_unmerged(exports, job):
     unmerged, merged = logits(adapted), logits(text_model(exports["hf"]))
     assert (unmerged - logits(text_model(job.language_folder))).abs().max() > 0.1, "the adapters do something"
     # fp32: the merged weight is rounded once, and sums run in another order.
-    assert (unmerged - merged).abs().max() <= 1e-5 * max(1.0, float(unmerged.abs().max()))
+    assert (unmerged - merged).abs().max() <= 1e-5
     assert (logits(adapted.merge_and_unload()) - merged).abs().max() <= 1e-5
 
 
