@@ -72,7 +72,7 @@ def test_twenty_steps_equal_peft(workers, folders, reference_curve, layout):
     [
         pytest.param({"tensor": 2, "sequence_parallel": True, "recompute": True}, id="TP2+SP+recompute"),
         pytest.param({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, id="TP2xPP2+SP", marks=pytest.mark.long),
-        pytest.param({"pipeline": 2, "virtual": 2}, id="VPP2"),
+        pytest.param({"pipeline": 2, "virtual": 2}, id="VPP2", marks=pytest.mark.long),
     ],
 )
 def test_first_step_at_further_layouts(workers, folders, reference_curve, layout):
@@ -136,6 +136,7 @@ def test_layers_that_are_computed_again_drop_the_same_inputs(workers, folders, l
     assert abs(parity.losses(plain)[0] - parity.losses(once)[0]) > 1e-3, "nothing was dropped"
 
 
+@pytest.mark.long
 def test_bf16_stays_near_fp32(workers, folders, reference_curve):
     """As for the whole model: bf16 keeps 8 bits of mantissa."""
     job = make_job(folders, steps=3, tensor=2, bf16=True, distributed_optimizer=True)
