@@ -17,7 +17,9 @@ examples:
   python tools/convert.py export --load runs/stage2 --format hf-llava --save my-model
   python tools/convert.py verify runs/stage2 my-model
 """
-FORMATS = ("hf", "llava", "hf-llava")
+FORMATS = ("hf", "llava", "hf-llava", "peft")
+
+_MOVED_BASE = "where the language model below adapters lies, if it moved"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -68,12 +70,19 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "load", required=True, metavar="DIR", help="--output_dir of training, or an imported checkpoint")
-    _flag(parser, "format", required=True, metavar="|".join(FORMATS), help="text model, LLaVA, or stock llava-hf")
+    _flag(
+        parser,
+        "format",
+        required=True,
+        metavar="|".join(FORMATS),
+        help="text model, LLaVA, stock llava-hf, or adapters alone",
+    )
     _flag(parser, "save", required=True, metavar="DIR", help="new folder")
     _flag(parser, "step", type=int, metavar="N", help="iteration (default: the newest complete one)")
     _flag(parser, "dtype", default="", metavar="bf16|fp16|fp32", help="default: as stored")
     _flag(parser, "vision-tower", default="", metavar="DIR", help="where the frozen tower lies, if it moved")
-    _flag(parser, "vision-tower-name", default="", metavar="NAME", help="llava: what config.json calls the tower")
+    _flag(parser, "model-name-or-path", default="", metavar="DIR", help=_MOVED_BASE)
+    _flag(parser, "vision-tower-name", default="", metavar="NAME", help="llava, peft: what config.json calls the tower")
     _flag(
         parser,
         "with-modeling-code",
@@ -94,6 +103,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", metavar="B", help="checkpoint or folder")
     _flag(parser, "step", type=int, metavar="N", help="iteration (default: the newest complete one)")
     _flag(parser, "vision-tower", default="", metavar="DIR", help="where the frozen tower lies, if it moved")
+    _flag(parser, "model-name-or-path", default="", metavar="DIR", help=_MOVED_BASE)
     _flag(parser, "any-dtype", action="store_true", help="cast A to the dtype of B before comparing")
     _flag(
         parser,
@@ -154,12 +164,13 @@ def run_export(options: argparse.Namespace) -> int:
     from dc_megatron.weights.exporter import export_checkpoint
 
     for value, flag, only in (
-        (options.vision_tower_name, "--vision-tower-name", "llava"),
-        (options.with_modeling_code, "--with-modeling-code", "hf-llava"),
-        (options.version, "--version", "hf-llava"),
+        (options.vision_tower_name, "--vision-tower-name", ("llava", "peft")),
+        (options.with_modeling_code, "--with-modeling-code", ("hf-llava",)),
+        (options.version, "--version", ("hf-llava",)),
     ):
-        if value and options.format != only:
-            raise UserError(f"{flag}: --format {only} alone has a place for it; leave it out for {options.format}")
+        if value and options.format not in only:
+            places = f"--format {' and '.join(only)} alone {'has' if len(only) == 1 else 'have'} a place for it"
+            raise UserError(f"{flag}: {places}; leave it out for {options.format}")
     processor = None
     if options.format == "hf-llava":
         from dc_megatron.inference.exported_processor import ExportedProcessor
@@ -172,6 +183,7 @@ def run_export(options: argparse.Namespace) -> int:
         step=options.step,
         dtype=options.dtype,
         vision_tower=options.vision_tower,
+        language_model=options.model_name_or_path,
         tower_name=options.vision_tower_name,
         modeling_code=options.with_modeling_code,
         check=not options.no_check,
@@ -180,7 +192,11 @@ def run_export(options: argparse.Namespace) -> int:
     words = ["verify", options.load, options.save, *(["--any-dtype"] if options.dtype else [])]
     words += [] if options.step is None else ["--step", str(options.step)]
     words += ["--vision-tower", options.vision_tower] if options.vision_tower else []
-    return _say_converted(result, options.json, f"compare with: tools/convert.py {shlex.join(words)}")
+    words += ["--model-name-or-path", options.model_name_or_path] if options.model_name_or_path else []
+    advice = f"compare with: tools/convert.py {shlex.join(words)}"
+    if options.format == "peft":
+        advice = "train on from it with --lora_weight_path"
+    return _say_converted(result, options.json, advice)
 
 
 def _say_converted(result, as_json: bool, advice: str) -> int:
@@ -202,7 +218,12 @@ def run_verify(options: argparse.Namespace) -> int:
     from dc_megatron.weights.verify import verify
 
     result = verify(
-        options.a, options.b, step=options.step, vision_tower=options.vision_tower, any_dtype=options.any_dtype
+        options.a,
+        options.b,
+        step=options.step,
+        vision_tower=options.vision_tower,
+        language_model=options.model_name_or_path,
+        any_dtype=options.any_dtype,
     )
     entry = {
         "equal": result.equal,

@@ -24,6 +24,7 @@ from dc_megatron.config.connector import (
 from dc_megatron.config.data import PACKINGS, DataConfig, DataSource
 from dc_megatron.config.json_files import part_of_config, read_json_file, refuse_quantised
 from dc_megatron.config.language import LanguageConfig
+from dc_megatron.config.lora import AdaptedLinear, HuggingFaceLinear, LoraConfig
 from dc_megatron.config.parallel import check_parallel_layout, padded_vocab_size
 from dc_megatron.config.tiling import (
     MERGE_TYPES,
@@ -48,12 +49,15 @@ __all__ = [
     "STI_POOL",
     "TEMPLATES",
     "TOWERS",
+    "AdaptedLinear",
     "ConnectorConfig",
     "DataConfig",
     "DataSource",
+    "HuggingFaceLinear",
     "ImageTiling",
     "LanguageConfig",
     "LayerTable",
+    "LoraConfig",
     "PictureTiles",
     "TowerFamily",
     "VisionConfig",

@@ -22,6 +22,7 @@ from dc_megatron.errors import UserError
 from dc_megatron.evaluation.logit_inputs import LogitInput
 from dc_megatron.evaluation.plain_logits import exact_products
 from dc_megatron.runtime import device, parallel, patches
+from dc_megatron.weights.lora_table import adapted_linears
 from dc_megatron.weights.megatron_folder import open_checkpoint_folder
 from dc_megatron.weights.model_parts import ModelFolder
 
@@ -45,6 +46,7 @@ def in_a_process_of_its_own(
         )
     with tempfile.TemporaryDirectory(prefix="dc_logits_") as folder:
         request = {"folder": model.path, "tree": tree, "vision_tower": model.tower_folder, "columns": columns}
+        request["language_model"] = model.base_folder
         with open(os.path.join(folder, _REQUEST), "w", encoding="utf-8") as file:
             json.dump(request, file)
         save_file(_packed(inputs), os.path.join(folder, _INPUTS))
@@ -108,7 +110,9 @@ def main(folder: str) -> int:
 
 @torch.no_grad()
 def _logits(request: dict, inputs: list[LogitInput]) -> list[Tensor]:
-    described, _ = open_checkpoint_folder(request["folder"], None, request["vision_tower"])
+    described, _ = open_checkpoint_folder(
+        request["folder"], None, request["vision_tower"], language_model=request["language_model"]
+    )
     device.limit_cpu_threads(1)
     patches.apply()
     parallel.start()
@@ -141,6 +145,9 @@ def _build(described: ModelFolder, tree: str, with_picture: bool):
     else:
         text = build_language_model(language, config, **shape)
         model = DenseConnectorModel(text, language.vocab_size, "none", LayerTable(0, ()), None, None)
+    if described.lora:
+        model.add_adapters(adapted_linears(language), described.lora, seed=0)
+        assemble.load_language_model(model, replace(language, path=described.base_folder), shape["vocab_rows"])
     assemble.load_checkpoint(model, tree)
     return model.to(device.device()).eval()
 

@@ -6,12 +6,14 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dc_megatron.config import ConnectorConfig, ImageTiling, LanguageConfig, VisionConfig, layer_table
+from dc_megatron.config import ConnectorConfig, ImageTiling, LanguageConfig, LoraConfig, VisionConfig, layer_table
 from dc_megatron.model.dense_connector import DenseConnector, initial_newline
 from dc_megatron.model.language_model import build_language_model
 from dc_megatron.model.multimodal_model import NEWLINE, DenseConnectorModel
 from dc_megatron.model.vision_tower import VisionTower
 from dc_megatron.weights.language_loading import LanguageWeights
+from dc_megatron.weights.lora_table import adapted_linears
+from dc_megatron.weights.peft_files import PeftFactors
 from dc_megatron.weights.projector_files import read_projector
 from dc_megatron.weights.torch_dist_tree import TorchDistTree, check_tree
 from dc_megatron.weights.tree_tables import TOWER_KEY
@@ -29,6 +31,7 @@ def build_model(
     transformer_engine: bool,
     seed: int,
     tiling: ImageTiling | None = None,
+    lora: LoraConfig | None = None,
     packed: bool = False,
     tower_on_all_stages: bool = False,
     pre_process: bool = True,
@@ -39,12 +42,12 @@ def build_model(
     """This rank's part of the model in fp32 and random weights; tower and connector only where ``pre_process``.
 
     tiling: says whether there is an image_newline; None: there is none. tower_on_all_stages: the tower is in the first
-    chunk of every pipeline stage.
+    chunk of every pipeline stage. lora: adapters, beside all linears of the layers.
     """
     table = layer_table(vision, connector)
     has_tower = pre_process or (tower_on_all_stages and not vp_stage)
     has_newline = pre_process and tiling is not None and tiling.has_newline
-    return DenseConnectorModel(
+    model = DenseConnectorModel(
         build_language_model(
             language,
             config,
@@ -64,6 +67,9 @@ def build_model(
         image_newline=initial_newline(language.hidden_size, seed) if has_newline else None,
         packed=packed,
     )
+    if lora is not None:
+        model.add_adapters(adapted_linears(language), lora, seed)
+    return model
 
 
 def load_vision_tower(model: DenseConnectorModel, vision: VisionConfig, connector: ConnectorConfig) -> None:
@@ -104,6 +110,11 @@ def load_language_model(model: DenseConnectorModel, language: LanguageConfig, vo
         shard = weights.shard(source)
         assert shard.shape == parameter.shape, f"{source}: shard {tuple(shard.shape)}, model {tuple(parameter.shape)}"
         parameter.copy_(shard)
+
+
+def load_adapters(model: DenseConnectorModel, path: str, language: LanguageConfig, lora: LoraConfig) -> None:
+    """Fill this rank's adapters from PEFT's folder ``path``. Every rank opens it, so all refuse alike."""
+    model.lora.fill(PeftFactors(path, language, lora).read)
 
 
 def global_name(model: DenseConnectorModel, name: str) -> str:

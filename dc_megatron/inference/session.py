@@ -105,6 +105,7 @@ def _build(resolved: Resolved, seed: int):
         transformer_engine=engine,
         seed=seed,
         tiling=resolved.tiling,
+        lora=resolved.lora,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
@@ -118,7 +119,7 @@ def _build(resolved: Resolved, seed: int):
         # A projector beside a checkpoint: the checkpoint is a language model that was imported alone.
         model.connector_is_given = model.newline_is_given = bool(source.projector) and model.connector is not None
         assemble.load_checkpoint(model, resolved.iteration_folder)
-    else:
+    if resolved.lora or not resolved.iteration_folder:
         assemble.load_language_model(model, resolved.language, rows)
     model = model.to(device.device())
     return (Float16Module(config, model) if source.bf16 else model).eval()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dc_megatron.config import (
     ConnectorConfig,
     ImageTiling,
     LanguageConfig,
+    LoraConfig,
     VisionConfig,
     check_parallel_layout,
     image_tiling,
@@ -16,6 +17,7 @@ from dc_megatron.config import (
 )
 from dc_megatron.errors import UserError
 from dc_megatron.weights import checkpoint_folder
+from dc_megatron.weights.frozen_base import base_folder, refuse_another_base
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Resolved:
     tiling: ImageTiling
     iteration_folder: str
     model_max_length: int | None
+    # The checkpoint's adapters to ``language``, which then lies in a folder of its own.
+    lora: LoraConfig | None = None
 
 
 def resolve(source: Source) -> Resolved:
@@ -64,9 +68,9 @@ def resolve(source: Source) -> Resolved:
 
 
 def _resolve_checkpoint(source: Source) -> Resolved:
-    if source.model_name_or_path:
-        raise UserError("--load holds the language model: drop --model_name_or_path")
     described = checkpoint_folder.read_description(source.load)
+    if source.model_name_or_path and described.lora is None:
+        raise UserError("--load holds the language model: drop --model_name_or_path")
     tree = checkpoint_folder.find_tree(source.load, source.checkpoint_step)
     if tree is None:
         step = source.checkpoint_step
@@ -77,7 +81,7 @@ def _resolve_checkpoint(source: Source) -> Resolved:
     connector = _connector(source, described)
     return Resolved(
         source=source,
-        language=LanguageConfig.from_folder(os.path.join(source.load, "hf"), "--load"),
+        language=_language(source, described),
         vision=vision,
         connector=connector,
         version=source.version or described.version or _missing(source, "--version", "conversation template"),
@@ -85,7 +89,18 @@ def _resolve_checkpoint(source: Source) -> Resolved:
         tiling=_tiling(source, described, vision, connector),
         iteration_folder=tree.path,
         model_max_length=described.model_max_length,
+        lora=described.lora,
     )
+
+
+def _language(source: Source, described: checkpoint_folder.CheckpointDescription) -> LanguageConfig:
+    """The checkpoint's language model; below adapters the one in its folder, whose weights are those of training."""
+    language = LanguageConfig.from_folder(os.path.join(source.load, "hf"), "--load")
+    if described.lora is None:
+        return language
+    folder = base_folder(described, source.load, source.model_name_or_path)
+    refuse_another_base(folder, described.language_model_files, source.load)
+    return replace(language, path=folder)
 
 
 def _connector(source: Source, described: checkpoint_folder.CheckpointDescription) -> ConnectorConfig:

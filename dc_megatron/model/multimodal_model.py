@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -14,15 +16,16 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from dc_megatron.config import LayerTable, image_share
+from dc_megatron.config import AdaptedLinear, LayerTable, LoraConfig, image_share
 from dc_megatron.model.dense_connector import DenseConnector, join_features
 from dc_megatron.model.frozen_casts import keep_frozen_casts
 from dc_megatron.model.image_shares import gather_shares
 from dc_megatron.model.last_layer import LastLayer, ask_for_rows, wanted_rows
+from dc_megatron.model.lora import LoraAdapters
 from dc_megatron.model.loss_head import HeadRequest, head
 from dc_megatron.model.vision_tower import VisionTower
 
-TRAINABLE_PARTS = ("connector", "llm", "vision_tower")
+TRAINABLE_PARTS = ("connector", "llm", "vision_tower", "lora")
 NEWLINE = "image_newline"
 TOWER = "vision_tower."
 # Of the longest sample of a row, as kernels are told.
@@ -30,6 +33,8 @@ _LENGTH_STEP = 512
 # Transformer Engine's norms announce a state that never holds anything, torch's norms announce none. Left out of
 # checkpoints, so that either can load what the other saved; the state of the linears (for FP8) both have.
 _IDLE_STATE = "layernorm._extra_state"
+# What Transformer Engine's linears keep for FP8.
+_EXTRA_STATE = "._extra_state"
 
 
 class DenseConnectorModel(MegatronModule):
@@ -40,7 +45,8 @@ class DenseConnectorModel(MegatronModule):
     spatial_unpad; None off the first stage and without that. It is trained with the connector.
 
     Checkpoint keys: ``language_model.*``, ``connector.*`` and ``image_newline``; ``vision_tower.*`` (Hugging Face's
-    names) where the tower has been trained. A tower as it was published is not saved.
+    names) where the tower has been trained. A tower as it was published is not saved. With adapters ``lora.*`` is saved
+    in place of the frozen language model.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class DenseConnectorModel(MegatronModule):
         self.vision_tower = vision_tower
         self.connector = connector
         self.image_newline = None if image_newline is None else torch.nn.Parameter(image_newline)
+        self.lora: LoraAdapters | None = None
         self.vocab_size = vocab_size
         self.dense_connector_type = dense_connector_type
         self.layer_table = layer_table
@@ -89,10 +96,16 @@ class DenseConnectorModel(MegatronModule):
         """The tied embedding, for the schedule's gradient reduction between first and last stage."""
         return self.language_model.shared_embedding_or_output_weight()
 
+    def add_adapters(self, linears: Sequence[AdaptedLinear], lora: LoraConfig, seed: int) -> None:
+        """Put an adapter beside every linear in ``linears`` of this rank's layers."""
+        assert self.lora is None, "the model has adapters already"
+        self.lora = LoraAdapters(self.language_model, linears, lora, seed)
+
     def set_trainable(self, parts: set[str], recompute_tower: bool = False) -> None:
         """Freeze everything that ``parts`` (of TRAINABLE_PARTS) does not name."""
         unknown = set(parts) - set(TRAINABLE_PARTS)
         assert not unknown, f"unknown trainable parts {unknown}"
+        assert self.lora is not None or "lora" not in parts, "the model has no adapters"
         self.language_model.requires_grad_("llm" in parts)
         keep_frozen_casts(self.language_model)
         if self.connector is not None:
@@ -102,6 +115,8 @@ class DenseConnectorModel(MegatronModule):
         if self.vision_tower is not None:
             self.vision_tower.set_learning("vision_tower" in parts, recompute_tower)
             self.tower_is_stored |= "vision_tower" in parts
+        if self.lora is not None:
+            self.lora.requires_grad_("lora" in parts)
 
     def forward(self, batch: dict, positions: Tensor | None = None) -> Tensor:
         """One micro-batch (the batch contract of the data room).
@@ -217,9 +232,12 @@ class DenseConnectorModel(MegatronModule):
         return joined
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Checkpoint entries of this rank, without a tower that was never trained."""
+        """Checkpoint entries of this rank, without a tower that was never trained or a model frozen below adapters."""
         state = self.language_model.sharded_state_dict(f"{prefix}language_model.", sharded_offsets, metadata)
         state = {name: value for name, value in state.items() if not name.endswith(_IDLE_STATE)}
+        if self.lora is not None:
+            state = {name: entry for name, entry in state.items() if name.endswith(_EXTRA_STATE)}
+            state.update(self.lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata))
         if self.connector is not None and not self.connector_is_given:
             state.update(
                 sharded_state_dict_default(
@@ -253,8 +271,11 @@ class DenseConnectorModel(MegatronModule):
         return {name: value for name, value in state.items() if not name.startswith(f"{prefix}vision_tower.")}
 
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """As torch; a tower that is not stored, a connector that was given, the norm's idle state may be missing."""
+        """As torch; what checkpoints leave out, a connector that was given and the norm's idle state may be missing."""
         own, state_dict = self._own_tower(state_dict)
+        if self.lora is not None:
+            base = self.language_model.state_dict(prefix="language_model.")
+            own.update({name: value for name, value in base.items() if not name.endswith(_EXTRA_STATE)})
         if self.connector_is_given:
             own.update(self.connector.state_dict(prefix="connector."))
             self.connector_is_given = False

@@ -163,6 +163,7 @@ def _add_description(report: dict, folder: str) -> None:
     report["model"] = {
         **_language(language),
         "vision_tower": _tower(vision, described.vision_tower),
+        "adapters": f"r {described.lora_r}, alpha {described.lora_alpha}" if described.lora else None,
         "connector": described.mm_dense_connector_type or None,
         "template": described.version or None,
         "image_aspect_ratio": described.image_aspect_ratio or None,

@@ -37,7 +37,14 @@ def _model_lines(model: dict | None) -> list[str]:
         lines.append(f"  vision tower: {shape.strip()}, {place}")
     said = [
         f"{name.replace('_', ' ')} {model[name]}"
-        for name in ("connector", "template", "image_aspect_ratio", "mm_patch_merge_type", "model_max_length")
+        for name in (
+            "adapters",
+            "connector",
+            "template",
+            "image_aspect_ratio",
+            "mm_patch_merge_type",
+            "model_max_length",
+        )
         if model.get(name)
     ]
     if "family" in model and not tower and not model.get("connector"):

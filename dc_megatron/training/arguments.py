@@ -346,11 +346,13 @@ def backend_argv(cuda: bool, transformer_engine: bool, apex: bool) -> list[str]:
 def sharding_argv(translation: Translation, data_parallel_size: int, cuda: bool) -> list[str]:
     """Megatron's flags that spread the optimizer of stage 2 over the data-parallel ranks, unless they were typed.
 
+    Of stage 2: where the language model learns, or adapters to it.
+
     At any number of ranks, so that a run can go on with another. On GPUs gradients travel while others are computed;
     parameters do as well where no pictures are logged, which ask a model whose parameters are all there.
     """
     settings, typed = translation.settings, {*translation.megatron_argv, *translation.switched_off}
-    if "llm" not in settings.trainable or "--use-distributed-optimizer" in translation.switched_off:
+    if not {"llm", "lora"} & {*settings.trainable} or "--use-distributed-optimizer" in translation.switched_off:
         return []
     words = ["--use-distributed-optimizer"]
     if cuda and data_parallel_size > 1:

@@ -16,8 +16,10 @@ from dc_megatron.training.fp8_band import Fp8Band
 from dc_megatron.training.fp8_flags import refuse_unsupported_fp8
 from dc_megatron.training.metrics import Clock, MetricsFile, StepCounts
 from dc_megatron.training.resume import refuse_damaged_files, refuse_other_tower_weights
-from dc_megatron.weights.checkpoint_folder import write_json
+from dc_megatron.weights.checkpoint_folder import read_description, write_json
+from dc_megatron.weights.frozen_base import refuse_another_base
 from dc_megatron.weights.language_loading import LanguageWeights
+from dc_megatron.weights.peft_files import PeftFactors
 from dc_megatron.weights.projector_files import has_newline, read_projector
 from dc_megatron.weights.projector_sources import refuse_other_tower
 from dc_megatron.weights.staged_iteration import clear_staging
@@ -79,8 +81,13 @@ def _check_weights(checked: run.Checked) -> list[str]:
     settings, language = checked.settings, checked.language
     if checked.start.loads:
         check_tree(checked.start.tree)
-    else:
+    if checked.lora and checked.start.loads:
+        recorded = read_description(checked.start.folder).language_model_files
+        refuse_another_base(language.path, recorded, checked.start.folder)
+    if not checked.start.loads or checked.lora:
         LanguageWeights(language.path, language, 0, 1, language.vocab_size)
+    if checked.lora and settings.lora_weight_path and not checked.start.loads:
+        PeftFactors(settings.lora_weight_path, language, checked.lora)
     refuse_other_tower_weights(checked.start, checked.vision.path, bool(settings.pretrain_mm_mlp_adapter))
     open_vision_tower(checked.vision.path, checked.vision, checked.connector)
     if settings.pretrain_mm_mlp_adapter and not checked.start.resumes:

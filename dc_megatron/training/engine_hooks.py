@@ -29,6 +29,7 @@ from dc_megatron.training.sample_pictures import SamplePictures
 from dc_megatron.training.stall_watch import StallWatch
 from dc_megatron.training.step_images import StepImages
 from dc_megatron.weights import checkpoint_folder
+from dc_megatron.weights.frozen_base import hash_base
 from dc_megatron.weights.projector_files import write_projector
 from dc_megatron.weights.staged_iteration import StagedIteration
 
@@ -51,6 +52,8 @@ class Session:
     pictures: SamplePictures | None = None
     band: Fp8Band | None = None
     tower_hash: str | None = None
+    # Below adapters: file -> hash of the frozen language model's weights.
+    base_files: dict[str, str] | None = None
     # Tokens that the run has seen since step 0, over all its resumes.
     consumed_tokens: dict[str, int] = field(default_factory=lambda: {"processed": 0, "supervised": 0})
     # Megatron's, of this rank: its groups say how fast each part learns.
@@ -229,6 +232,7 @@ def _save_hook(original: Callable, session: Session) -> Callable:
             result = original(iteration, model, *args, **kwargs)
         finally:
             engine.save = folder
+        _hash_base(session)
         digests: list = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(digests, staged.digests_of_rank(rank))
         if rank == 0:
@@ -245,6 +249,20 @@ def _save_hook(original: Callable, session: Session) -> Callable:
         return result
 
     return save_checkpoint
+
+
+def _hash_base(session: Session) -> None:
+    """Hash the model below adapters, once a run: all ranks together."""
+    settings = session.checked.settings
+    if session.checked.lora is None or session.base_files is not None:
+        return
+    found: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, hash_base(settings.model_name_or_path))
+    session.base_files = {name: own[name] for own in found for name in own}
+    for own in found:
+        for name, digest in own.items():
+            if session.base_files[name] != digest:
+                raise UserError(f"--model_name_or_path {settings.model_name_or_path}: {name} differs between nodes")
 
 
 def _write_side_files(session: Session, folder: str, chunks: list) -> None:
@@ -272,8 +290,22 @@ def _write_side_files(session: Session, folder: str, chunks: list) -> None:
         model_max_length=settings.model_max_length,
         image_grid_pinpoints=[list(size) for size in checked.tiling.pinpoints] or None,
         mm_patch_merge_type=checked.tiling.merge,
+        **_adapters_described(session),
     )
     checkpoint_folder.write_side_files(folder, settings.model_name_or_path, description)
+
+
+def _adapters_described(session: Session) -> dict:
+    lora = session.checked.lora
+    if lora is None:
+        return {}
+    return {
+        "lora_r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "language_model": session.checked.settings.model_name_or_path,
+        "language_model_files": session.base_files,
+    }
 
 
 def _position(session: Session) -> dict:

@@ -185,7 +185,13 @@ _DATA = (
 )
 
 _TRAINING = (
-    Flag("trainable", str, "connector,llm", "parts that learn: connector[,llm][,vision_tower]", TRAINING),
+    Flag(
+        "trainable",
+        str,
+        "connector,llm",
+        "parts that learn: connector[,llm][,vision_tower], or connector,lora",
+        TRAINING,
+    ),
     Flag("tune_mm_mlp_adapter", bool, False, "True is --trainable connector", TRAINING),
     Flag("freeze_backbone", bool, False, "True is --trainable connector", TRAINING),
     Flag("unfreeze_mm_vision_tower", bool, False, "True adds vision_tower to the parts that learn", TRAINING),
@@ -246,6 +252,35 @@ _TRAINING = (
         100,
         "steps between comparisons of the FP8 loss with that of a bf16 pass over the same rows; 0: none",
         TRAINING,
+    ),
+)
+
+_LORA = (
+    Flag(
+        "lora_enable",
+        bool,
+        False,
+        "adapters on all linears of the language model but its head; they and the connector learn",
+        TRAINING,
+    ),
+    Flag("lora_r", int, 64, "rank of the adapters; the original's recipes have 128", TRAINING),
+    Flag("lora_alpha", int, 16, "the update is multiplied by alpha / r; the original's recipes have 256", TRAINING),
+    Flag("lora_dropout", float, 0.05, "share of an adapter's inputs that is dropped", TRAINING),
+    Flag(
+        "lora_weight_path",
+        str,
+        "",
+        "folder of a PEFT adapter to start from (default: A random, B zero, as PEFT)",
+        TRAINING,
+    ),
+    Flag(
+        "lora_bias",
+        str,
+        "none",
+        "biases that learn along",
+        TRAINING,
+        choices=("none", "all", "lora_only"),
+        refused=dict.fromkeys(("all", "lora_only"), "not available; biases stay frozen, use none"),
     ),
 )
 
@@ -375,7 +410,6 @@ _PARALLEL = (
     ),
 )
 
-_LATER = "LoRA comes with a later version"
 _OTHER = (
     _no_meaning("deepspeed", "Megatron's engine trains here; --use-distributed-optimizer shards what ZeRO-1 does"),
     _no_meaning("evaluation_strategy", "there is no evaluation during training; use tools/score.py"),
@@ -400,12 +434,6 @@ _OTHER = (
     _not_yet("mm_use_im_start_end", "pictures are not framed by tokens", bool, ("False",)),
     _not_yet("mm_use_im_patch_token", "pictures need no token of their own", bool, ("False",)),
     _not_yet("freeze_mm_mlp_adapter", "the connector always learns", bool, ("False",)),
-    _not_yet("lora_enable", _LATER, bool, ("False",)),
-    _not_yet("lora_r", _LATER, int),
-    _not_yet("lora_alpha", _LATER, int),
-    _not_yet("lora_dropout", _LATER, float),
-    _not_yet("lora_weight_path", _LATER, neutral=("",)),
-    _not_yet("lora_bias", _LATER, neutral=("none",)),
     _not_yet("bits", "there is no quantised training", int, ("16",)),
     _not_yet("optim", "AdamW is the optimizer", neutral=("adamw_torch", "adamw_torch_fused")),
     _not_yet(
@@ -415,7 +443,7 @@ _OTHER = (
     ),
 )
 
-FLAGS: tuple[Flag, ...] = (*_MODEL, *_DATA, *_TRAINING, *_OPTIMIZER, *_OUTPUT, *_PARALLEL, *_OTHER)
+FLAGS: tuple[Flag, ...] = (*_MODEL, *_DATA, *_TRAINING, *_LORA, *_OPTIMIZER, *_OUTPUT, *_PARALLEL, *_OTHER)
 
 
 def flags_by_key() -> dict[str, Flag]:

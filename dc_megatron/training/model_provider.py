@@ -11,6 +11,7 @@ from torch import Tensor
 from dc_megatron.inference.assemble import (
     build_model,
     holds_tower,
+    load_adapters,
     load_language_model,
     load_projector,
     load_vision_tower,
@@ -24,7 +25,8 @@ from dc_megatron.weights.torch_dist_tree import TorchDistTree
 def make_model_provider(checked: Checked) -> Callable:
     """``model_provider(pre_process, post_process, ...)`` of ``megatron.training.pretrain``.
 
-    Where a checkpoint will be loaded, the language model is not read from its folder first. A projector file given
+    Where a checkpoint will be loaded, the language model is not read from its folder first, unless the checkpoint holds
+    no more than adapters to it. A projector file given
     beside another run's weights counts for the connector.
     """
     settings = checked.settings
@@ -43,6 +45,7 @@ def make_model_provider(checked: Checked) -> Callable:
             transformer_engine=args.transformer_impl == "transformer_engine",
             seed=args.seed,
             tiling=checked.tiling,
+            lora=checked.lora,
             packed=settings.packing != "none",
             tower_on_all_stages=settings.vision_tower_stages == "all",
             pre_process=pre_process,
@@ -51,8 +54,10 @@ def make_model_provider(checked: Checked) -> Callable:
             pg_collection=pg_collection,
         )
         load_vision_tower(model, checked.vision, checked.connector)
-        if not checked.start.loads:
+        if not checked.start.loads or checked.lora:
             load_language_model(model, checked.language, args.padded_vocab_size)
+        if settings.lora_weight_path and not checked.start.loads:
+            load_adapters(model, settings.lora_weight_path, checked.language, checked.lora)
         if settings.pretrain_mm_mlp_adapter and not checked.start.resumes:
             load_projector(
                 model,

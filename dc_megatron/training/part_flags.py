@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dc_megatron.config import nearest
 from dc_megatron.errors import UserError
+from dc_megatron.training.lora_flags import TRAINED, refuse_other_training
 
 PARTS = ("connector", "llm", "vision_tower")
 
 
 def trained_parts(given: dict) -> tuple[str, ...]:
     """The parts that learn, in the order of ``PARTS``, from the values that were given. LLaVA has switches for them."""
+    if given.get("lora_enable"):
+        refuse_other_training(given)
+        return TRAINED
     only_connector = [name for name in ("tune_mm_mlp_adapter", "freeze_backbone") if given.get(name)]
     tower = given.get("unfreeze_mm_vision_tower")
     if "trainable" not in given:
@@ -17,6 +21,8 @@ def trained_parts(given: dict) -> tuple[str, ...]:
         return (*parts, "vision_tower") if tower else parts
     text = str(given["trainable"])
     parts = [part.strip() for part in text.split(",") if part.strip()]
+    if "lora" in parts:
+        raise UserError(f"--trainable {text}: adapters need --lora_enable True, with --lora_r and --lora_alpha; add it")
     for part in parts:
         if part not in PARTS:
             raise UserError(

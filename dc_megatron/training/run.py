@@ -11,6 +11,7 @@ from dc_megatron.config import (
     DataSource,
     ImageTiling,
     LanguageConfig,
+    LoraConfig,
     VisionConfig,
     check_parallel_layout,
     layer_table,
@@ -21,6 +22,7 @@ from dc_megatron.data.sources import read_sources
 from dc_megatron.errors import UserError
 from dc_megatron.training.arguments import plan_steps
 from dc_megatron.training.argv import REQUIRED_FOR_TRAINING, Translation, translate
+from dc_megatron.training.lora_flags import lora_of, refuse_other_adapters
 from dc_megatron.training.resume import (
     Start,
     choose_start,
@@ -46,6 +48,10 @@ class Checked:
     @property
     def settings(self) -> RunSettings:
         return self.translation.settings
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        return lora_of(self.settings)
 
     @property
     def names_connector_type(self) -> bool:
@@ -88,6 +94,8 @@ def check(argv: list[str], world_size: int) -> Checked:
     if settings.packing == "none":
         refuse_another_batch(start, plan.global_batch_size)
     refuse_other_groups(start, settings)
+    if start.loads:
+        refuse_other_adapters(start.folder, lora_of(settings), settings.lora_weight_path, start.resumes)
     refuse_another_model(start, language, vision, connector, tiling, bool(projector))
     return Checked(translation, language, vision, connector, tiling, sources, start)
 

@@ -42,6 +42,12 @@ class RunSettings:
     tune_mm_mlp_adapter: bool
     freeze_backbone: bool
     unfreeze_mm_vision_tower: bool
+    lora_enable: bool
+    lora_r: int
+    lora_alpha: int
+    lora_dropout: float
+    lora_weight_path: str
+    lora_bias: str
     num_train_epochs: float
     max_steps: int | None
     per_device_train_batch_size: int

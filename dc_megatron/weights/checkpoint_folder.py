@@ -18,6 +18,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 
 import xxhash
 
+from dc_megatron.config import LoraConfig
 from dc_megatron.errors import UserError
 from dc_megatron.weights import durable_files, manifest
 from dc_megatron.weights.manifest import MANIFEST, Manifest
@@ -50,6 +51,17 @@ class CheckpointDescription:
     image_grid_pinpoints: list[list[int]] | None = None
     # AnyRes: how tiles are joined; "" in files from before the others were available.
     mm_patch_merge_type: str = ""
+    # Adapters on a language model that is not in the tree: their size (0: there are none), and that model's folder and
+    # files with their hashes.
+    lora_r: int = 0
+    lora_alpha: int = 0
+    lora_dropout: float = 0.0
+    language_model: str = ""
+    language_model_files: dict[str, str] | None = None
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        return LoraConfig(self.lora_r, self.lora_alpha, self.lora_dropout) if self.lora_r else None
 
     @property
     def merge_type(self) -> str:
@@ -198,11 +210,16 @@ def hash_folder_weights(folder: str, flag: str = "--vision_tower") -> str:
 def write_side_files(folder: str, language_folder: str, description: CheckpointDescription) -> None:
     """Make the checkpoint usable without the folders it was trained from, save the frozen tower's weights.
 
-    The tower's path is written as an absolute one: the checkpoint may be used from another working folder. A file that
+    Paths are written as absolute ones: the checkpoint may be used from another working folder. A file that
     is there already and differs is replaced by a rename.
     """
     path = description.vision_tower
-    described = replace(description, vision_tower=os.path.abspath(path) if path else "")
+    base = description.language_model
+    described = replace(
+        description,
+        vision_tower=os.path.abspath(path) if path else "",
+        language_model=os.path.abspath(base) if base else "",
+    )
     target = os.path.join(folder, "hf")
     tower = os.path.join(target, "vision_tower")
     os.makedirs(tower, exist_ok=True)
@@ -255,8 +272,10 @@ def _description(content: object) -> CheckpointDescription:
     for name, value in content.items():
         if name == "image_grid_pinpoints":
             fits = value is None or (isinstance(value, list) and all(_is_size(pair) for pair in value))
+        elif name == "language_model_files":
+            fits = value is None or (isinstance(value, dict) and all(type(digest) is str for digest in value.values()))
         else:
-            fits = type(value) is {"str": str, "int": int}[known[name].type]
+            fits = type(value) is {"str": str, "int": int, "float": float}[known[name].type]
         if not fits:
             raise ValueError(f"{name} is {json.dumps(value)}")
     return CheckpointDescription(**content)

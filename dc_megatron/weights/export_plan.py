@@ -38,6 +38,8 @@ class Export:
     notes: list[str] = field(default_factory=list)
     # The id that stands for one position of a picture, where the target's tokenizer needs one.
     image_token_id: int | None = None
+    # Name of the one file that all tensors go into; "": model.safetensors, or shards of it.
+    one_file: str = ""
 
 
 def json_bytes(content: dict) -> bytes:

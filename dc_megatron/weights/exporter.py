@@ -17,6 +17,7 @@ from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.durable_files import PartialFolder
 from dc_megatron.weights.export_plan import TEXT_ARCHITECTURES, Export, json_bytes, portable_text_config
 from dc_megatron.weights.folder_identity import folder_identity
+from dc_megatron.weights.frozen_base import refuse_another_base
 from dc_megatron.weights.hf_llava_format import hf_llava_export
 from dc_megatron.weights.importer import Converted
 from dc_megatron.weights.language_tables import EMBEDDING, HEADS
@@ -25,12 +26,13 @@ from dc_megatron.weights.manifest import MANIFEST, damaged_files, manifest_bytes
 from dc_megatron.weights.megatron_folder import is_checkpoint, open_checkpoint_folder
 from dc_megatron.weights.model_folder import open_model
 from dc_megatron.weights.model_parts import ModelFolder
+from dc_megatron.weights.peft_format import peft_export
 from dc_megatron.weights.progress import Progress
 from dc_megatron.weights.safetensors_writer import SafetensorsWriter
 from dc_megatron.weights.tensor_reader import Renamed
 from dc_megatron.weights.weight_files import tokenizer_files
 
-FORMATS = ("hf", "llava", "hf-llava")
+FORMATS = ("hf", "llava", "hf-llava", "peft")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -52,6 +54,7 @@ def export_checkpoint(
     step: int | None = None,
     dtype: str = "",
     vision_tower: str = "",
+    language_model: str = "",
     tower_name: str = "",
     modeling_code: bool = False,
     check: bool = True,
@@ -60,24 +63,29 @@ def export_checkpoint(
 ) -> Converted:
     """Write ``save`` in ``format`` from ``load``: a checkpoint of training or import, or any folder that can be read.
 
+    Adapters are merged into ``language_model`` (default: where it was in training), save for the format peft.
     ``dtype``: bf16, fp16 or fp32; "" keeps each tensor's. ``check``: read all files of the checkpoint besides and
-    compare their hashes, and that of its tower; nothing appears where one differs. ``processor`` serves hf-llava.
+    compare their hashes, and those of its tower and of a model below adapters; nothing appears where one differs.
+    ``processor`` serves hf-llava.
     UserError: nothing to export, a model that the format cannot say, damaged files, another tower than that of
     training, a target that exists, no room.
     """
     one_of(format, FORMATS, "--format")
     if dtype:
         one_of(dtype, tuple(DTYPES), "--dtype")
-    model, tree = open_any(load, step, vision_tower)
+    model, tree = open_any(load, step, vision_tower, language_model=language_model)
     if tree and check and format != "hf":
         _refuse_another_tower(load, model, vision_tower)
+    if model.lora and check:
+        refuse_another_base(model.base_folder, checkpoint_folder.read_description(load).language_model_files, load)
     stock = processor if format == "hf-llava" else None
     image_token = stock.image_token(model) if stock else None
     export = plan_export(model, format, DTYPES.get(dtype), tower_name, modeling_code, image_token)
-    writer = SafetensorsWriter(export.tensors, DTYPES.get(dtype))
+    writer = SafetensorsWriter(export.tensors, DTYPES.get(dtype), one_file=export.one_file)
     settings = [format, dtype, tower_name, modeling_code]
     # The tower may lie elsewhere and be named by the model: its weights are a part of what is written.
-    sources = [folder_identity(path) for path in (tree or load, os.path.join(load, "hf"), model.tower_folder)]
+    folders = [tree or load, os.path.join(load, "hf"), model.tower_folder, *filter(None, [model.base_folder])]
+    sources = [folder_identity(path) for path in folders]
     plan = json.dumps(["export", 2, settings, sources])
     with tempfile.TemporaryDirectory() as beside:
         if stock:
@@ -90,7 +98,10 @@ def export_checkpoint(
             files = {name: digest for name, digest in partial.finished.items() if name != MANIFEST}
             partial.write(MANIFEST, manifest_bytes(content, files))
             partial.finish()
-    return Converted(save, len(export.tensors.names()), writer.num_bytes, bar.finish(), export.notes)
+    notes = list(export.notes)
+    if model.lora and format != "peft":
+        notes.append(f"adapters (r {model.lora.r}, alpha {model.lora.alpha}) are merged into {model.base_folder}")
+    return Converted(save, len(export.tensors.names()), writer.num_bytes, bar.finish(), notes)
 
 
 def _refuse_another_tower(load: str, model: ModelFolder, given: str) -> None:
@@ -109,10 +120,18 @@ def _refuse_another_tower(load: str, model: ModelFolder, given: str) -> None:
         )
 
 
-def open_any(folder: str, step: int | None, vision_tower: str, flag: str = "--load") -> tuple[ModelFolder, str]:
-    """(model, folder of its tree, or "" for folders that are no checkpoint of ours)."""
+def open_any(
+    folder: str, step: int | None, vision_tower: str, flag: str = "--load", language_model: str = ""
+) -> tuple[ModelFolder, str]:
+    """(model, folder of its tree, or "" for folders that are no checkpoint of ours).
+
+    language_model: where the model below a checkpoint's adapters lies now. UserError where there are none.
+    """
     if is_checkpoint(folder):
-        return open_checkpoint_folder(folder, step, vision_tower, flag)
+        model, tree = open_checkpoint_folder(folder, step, vision_tower, flag, language_model)
+        if language_model and model.lora is None:
+            raise UserError(f"--model_name_or_path {language_model}: {folder} holds the language model; leave it out")
+        return model, tree
     if step is not None:
         raise UserError(f"--step {step}: {folder} is no checkpoint of training")
     return open_model(folder, flag, vision_tower=vision_tower), ""
@@ -132,6 +151,8 @@ def plan_export(
     """
     if format == "hf":
         return _text_export(model, dtype)
+    if format == "peft":
+        return peft_export(model, dtype=dtype, vision_tower_name=tower_name)
     if format == "llava":
         return llava_export(model, dtype=dtype, vision_tower_name=tower_name)
     return hf_llava_export(model, dtype=dtype, modeling_code=modeling_code, image_token=image_token)

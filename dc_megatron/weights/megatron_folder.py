@@ -8,8 +8,11 @@ import os
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, padded_vocab_size
 from dc_megatron.errors import UserError
 from dc_megatron.weights import checkpoint_folder
+from dc_megatron.weights.frozen_base import base_folder
 from dc_megatron.weights.language_tables import language_table
-from dc_megatron.weights.model_parts import NEWLINE, PROJECTOR, TOWER, ModelFolder, tower_part
+from dc_megatron.weights.lora_merge import MergedAdapters
+from dc_megatron.weights.lora_table import LORA_PREFIX, adapter_shapes
+from dc_megatron.weights.model_parts import NEWLINE, PROJECTOR, TOWER, ModelFolder, language_part, tower_part
 from dc_megatron.weights.names import refuse_wrong_names, refuse_wrong_shape
 from dc_megatron.weights.projector_files import projector_shapes
 from dc_megatron.weights.safetensors_files import open_checkpoint
@@ -41,9 +44,10 @@ def find_tree(folder: str, step: int | None, flag: str = "--load") -> str:
 
 
 def open_checkpoint_folder(
-    folder: str, step: int | None = None, vision_tower: str = "", flag: str = "--load"
+    folder: str, step: int | None = None, vision_tower: str = "", flag: str = "--load", language_model: str = ""
 ) -> tuple[ModelFolder, str]:
-    """(the model, the folder of its tree). ``vision_tower``: where the frozen tower lies now.
+    """(the model, the folder of its tree). ``vision_tower``: where the frozen tower lies now; ``language_model``: where
+    the frozen model below adapters does, which are merged into it.
 
     UserError: nothing complete, a tree of another model, names that are missing or left over.
     """
@@ -54,12 +58,18 @@ def open_checkpoint_folder(
     tree = TorchDistTree(tree_folder, flag)
     what = f"{flag} {tree_folder}"
 
-    rows = padded_vocab_size(language.vocab_size, 1)
-    table = language_table(language, rows)
-    text = AsHuggingFace(tree, table, language.num_hidden_layers, LANGUAGE_PREFIX, what)
     plain = PlainTensors(tree)
+    adapters, base = None, ""
+    if described.lora:
+        base = base_folder(described, folder, language_model, flag)
+        adapters = _adapters(plain, language, described.lora.r, what)
+        text: TensorReader = MergedAdapters(_base(base, language), adapters, described.lora)
+        known = {LORA_PREFIX + name for name in adapters.names()}
+    else:
+        table = language_table(language, padded_vocab_size(language.vocab_size, 1))
+        text = AsHuggingFace(tree, table, language.num_hidden_layers, LANGUAGE_PREFIX, what)
+        known = text.keys()
     parts: list[TensorReader] = [text]
-    known = text.keys()
 
     connector = None
     if described.mm_dense_connector_type:
@@ -107,6 +117,9 @@ def open_checkpoint_folder(
         model_max_length=described.model_max_length,
         image_grid_pinpoints=tuple((width, height) for width, height in described.image_grid_pinpoints or ()) or None,
         mm_patch_merge_type=described.merge_type,
+        lora=described.lora,
+        adapters=adapters,
+        base_folder=base,
     )
     return model, tree_folder
 
@@ -124,6 +137,22 @@ def _trained_tower(
     whole = tower_part(checkpoint, checkpoint.names(), vision, connector, f"--vision-tower {tower}")
     rest = {name: name for name in whole.names() if name not in set(trained.names())}
     return Merged([trained, Renamed(whole, rest)])
+
+
+def _adapters(plain: PlainTensors, language: LanguageConfig, r: int, what: str) -> TensorReader:
+    """The tree's factors under Hugging Face's names."""
+    shapes = adapter_shapes(language, r)
+    found = {name.removeprefix(LORA_PREFIX) for name in plain.names() if name.startswith(LORA_PREFIX)}
+    refuse_wrong_names(what, shapes.keys() - found, found - shapes.keys(), "The tree is of another model")
+    for name, shape in shapes.items():
+        refuse_wrong_shape(what, name, plain.shape(LORA_PREFIX + name), shape)
+    return Renamed(plain, {name: LORA_PREFIX + name for name in shapes})
+
+
+def _base(folder: str, language: LanguageConfig) -> TensorReader:
+    checkpoint = open_checkpoint(folder, "--model_name_or_path")
+    names = {name: name for name in checkpoint.names()}
+    return language_part(checkpoint, names, language, f"--model_name_or_path {folder}")
 
 
 def _connector_keys(plain: PlainTensors) -> list[str]:

@@ -16,7 +16,15 @@ from dataclasses import dataclass
 
 import torch
 
-from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, layer_table, read_json_file, tower_family
+from dc_megatron.config import (
+    ConnectorConfig,
+    LanguageConfig,
+    LoraConfig,
+    VisionConfig,
+    layer_table,
+    read_json_file,
+    tower_family,
+)
 from dc_megatron.errors import UserError
 from dc_megatron.weights.derived_tensors import equal_tensors
 from dc_megatron.weights.language_tables import EMBEDDING, HEAD, IGNORED_NAMES, hugging_face_shapes, language_table
@@ -63,6 +71,11 @@ class ModelFolder:
     image_grid_pinpoints: tuple[tuple[int, int], ...] | None = None
     # AnyRes: how tiles are joined, flat | spatial | spatial_unpad; the last has the tensor image_newline.
     mm_patch_merge_type: str = "flat"
+    # Adapters of a checkpoint: ``reader`` has them merged, ``adapters`` holds the factors under ``lora_table``'s names,
+    # ``base_folder`` the language model that they were trained on.
+    lora: LoraConfig | None = None
+    adapters: TensorReader | None = None
+    base_folder: str = ""
     # The id of a picture's placeholder where the source has one.
     image_token_id: int | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -41,7 +42,8 @@ class Shard:
 class SafetensorsWriter:
     """Writes all tensors of ``reader``, in its order of names, below ``folder`` of a PartialFolder.
 
-    ``dtype``: that of the result, None keeps each tensor's. ``most`` bytes go into a shard (a tensor is never split).
+    ``dtype``: that of the result, None keeps each tensor's. ``most`` bytes go into a shard (a tensor is never split);
+    ``one_file``: name of the one file that all go into instead.
     """
 
     def __init__(
@@ -50,9 +52,10 @@ class SafetensorsWriter:
         dtype: torch.dtype | None = None,
         folder: str = "",
         most: int = SHARD_BYTES,
+        one_file: str = "",
     ):
         self._reader, self._dtype, self._folder = reader, dtype, folder
-        self._shards = self._divide(most)
+        self._shards = self._divide(sys.maxsize if one_file else most, one_file or "model.safetensors")
 
     @property
     def num_bytes(self) -> int:
@@ -90,7 +93,7 @@ class SafetensorsWriter:
         shape, dtype = self._reader.shape(name), self._dtype_of_result(self._reader.dtype(name))
         return shape[0] * row_bytes(shape, dtype)
 
-    def _divide(self, most: int) -> list[Shard]:
+    def _divide(self, most: int, single: str) -> list[Shard]:
         groups: list[list[str]] = [[]]
         sizes = [0]
         for name in self._reader.names():
@@ -101,7 +104,7 @@ class SafetensorsWriter:
             groups[-1].append(name)
             sizes[-1] += size
         count = len(groups)
-        names = ["model.safetensors"]
+        names = [single]
         if count > 1:
             names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
         return [Shard(name, self._aligned(group), size) for name, group, size in zip(names, groups, sizes, strict=True)]

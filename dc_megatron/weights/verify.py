@@ -43,11 +43,13 @@ def verify(
     *,
     step: int | None = None,
     vision_tower: str = "",
+    language_model: str = "",
     any_dtype: bool = False,
     progress: Callable[[str, int], Progress] = Progress,
 ) -> Comparison:
     """Compare the models in ``a`` and ``b``. Parts that only one format can hold are named in the notes.
 
+    Adapters are merged, into ``language_model`` (default: where it was in training).
     ``any_dtype``: where dtypes differ, ``a`` is cast to ``b``'s first; otherwise that is a difference. A stock
     llava-hf folder is compared with the export of the other side, which folds the connector as the export did; with a
     language model alone, its own language model is compared. UserError: a folder that cannot be opened, a ``step``
@@ -57,7 +59,9 @@ def verify(
         raise UserError(f"--step {step}: neither {a} nor {b} is a checkpoint of training")
 
     def model_of(folder: str, flag: str) -> ModelFolder:
-        return open_any(folder, step if is_checkpoint(folder) else None, vision_tower, flag)[0]
+        if not is_checkpoint(folder):
+            return open_any(folder, None, vision_tower, flag)[0]
+        return open_any(folder, step, vision_tower, flag, language_model)[0]
 
     result = Comparison()
     stock = [_is_stock(a), _is_stock(b)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dc_megatron.config import ImageTiling
+from dc_megatron.config import ImageTiling, LoraConfig
 
 
 @dataclass(frozen=True)
@@ -45,3 +45,6 @@ class Job:
     # In place of the head's own limit.
     chunk_bytes: int | None = None
     tiling: ImageTiling | None = None
+    # Adapters beside the linears, and their whole factors by name (model.layers.0. ... .lora_A.weight) to start from.
+    lora: LoraConfig | None = None
+    lora_state: dict = field(default_factory=dict)

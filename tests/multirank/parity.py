@@ -8,7 +8,9 @@ from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, im
 from dc_megatron.reference.model import ReferenceModel
 from dc_megatron.reference.train import Recipe, train
 from dc_megatron.weights.language_tables import find_rule, language_table
+from dc_megatron.weights.lora_table import adapter_shapes
 from dc_megatron.weights.rules import to_hugging_face
+from tests.helpers.peft_reference import add_peft_adapters
 from tests.helpers.reference_batches import make_batch
 from tests.multirank.job import Job
 
@@ -101,6 +103,8 @@ def run_reference(job: Job) -> dict:
     vision = VisionConfig.from_folder(job.vision_folder)
     connector = ConnectorConfig(job.connector_type)
     model = ReferenceModel(job.vision_folder, job.language_folder, vision, connector, tiling=job.tiling)
+    if job.lora is not None:
+        add_peft_adapters(model, job.lora, job.lora_state)
     state = dict(job.connector_state)
     if model.image_newline is not None:
         model.image_newline.data.copy_(state.pop("image_newline"))
@@ -123,8 +127,9 @@ def run_reference(job: Job) -> dict:
 
 
 def _plain(name: str) -> str:
-    """The reference's parameter names as the language model's own (``model.layers...``) or ``connector.*``."""
-    return name.removeprefix("language_model.")
+    """The reference's parameter names as the language model's own, ``connector.*`` or ``lora.*``."""
+    name = name.removeprefix("language_model.")
+    return name.replace("base_model.model.", "lora.").replace(".default.", ".") if ".lora_" in name else name
 
 
 def merge(job: Job, results: list[dict], what: str) -> dict[str, torch.Tensor]:
@@ -143,10 +148,22 @@ def merge(job: Job, results: list[dict], what: str) -> dict[str, torch.Tensor]:
             for other in ordered[1:]:
                 assert torch.equal(ordered[0], other), f"{name} differs between tensor-parallel ranks"
             full[name] = ordered[0]
+        elif name.startswith("lora."):
+            shape = adapter_shapes(language, job.lora.r)[name.removeprefix("lora.")]
+            full[name] = _whole_factor(name, ordered, shape)
         else:
             rule, layer = find_rule(table, name)
             full.update(to_hugging_face(rule, layer, ordered))
     return full
+
+
+def _whole_factor(name: str, ordered: list[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    """A factor from the ranks' parts: pieces of it, or the whole of it on each of them."""
+    if tuple(ordered[0].shape) == shape:
+        for other in ordered[1:]:
+            assert torch.equal(ordered[0], other), f"{name} differs between tensor-parallel ranks"
+        return ordered[0]
+    return torch.cat(ordered, dim=0 if ordered[0].shape[1] == shape[1] else 1)
 
 
 def worst_difference(ours: dict, reference: dict, floor: float = 1e-9) -> tuple[float, str]:

@@ -43,6 +43,9 @@ def _seed_fault(fault: str | None, model) -> None:
     elif fault == "tower gradients of one rank" and model.vision_tower is not None:
         for parameter in model.vision_tower.parameters():
             parameter.average_gradients_across_tp_domain = False
+    elif fault == "factor not marked for sequence parallelism":
+        for parameter in model.lora.parameters():
+            parameter.sequence_parallel = False
     elif fault == "missing tensor-parallel reduction":
         loss_head.copy_to_tensor_model_parallel_region = lambda hidden, group=None: hidden
 
@@ -81,6 +84,7 @@ def build(job: Job):
             transformer_engine=False,
             seed=1,
             tiling=job.tiling,
+            lora=job.lora,
             packed=job.packed,
             tower_on_all_stages=job.tower_stages == "all",
             pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -91,6 +95,8 @@ def build(job: Job):
         load_vision_tower(model, vision, connector)
         if model.connector is not None and job.connector_state:
             _load_connector(model, job.connector_state)
+        if job.lora_state:
+            model.lora.fill(job.lora_state.__getitem__)
         model.set_trainable(set(job.trainable.split(",")), recompute_tower=job.recompute == "full")
         _seed_fault(job.fault, model)
         chunks.append(model)
@@ -132,6 +138,10 @@ def _named_tensors(chunks: list, of) -> dict:
             for name, parameter in model.vision_tower.read_state().items():
                 if of(parameter) is not None:
                     found[f"vision_tower.{name}"] = of(parameter).detach().float().clone()
+        if model.lora is not None:
+            for name, parameter in model.lora.named_parameters():
+                if of(parameter) is not None:
+                    found[f"lora.{name}"] = of(parameter).detach().float().clone()
         if model.image_newline is not None and of(model.image_newline) is not None:
             found["image_newline"] = of(model.image_newline).detach().float().clone()
     return found

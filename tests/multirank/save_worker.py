@@ -121,6 +121,7 @@ def _checked(folder: str, llama: str, clip: str):
     flags = f"--output_dir {folder} --model_name_or_path {llama} --vision_tower {clip} --version v1"
     translation = translate(flags.split())
     return SimpleNamespace(
+        lora=None,
         settings=translation.settings,
         start=choose_start(translation),
         connector=ConnectorConfig("dci"),

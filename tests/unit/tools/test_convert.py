@@ -42,7 +42,7 @@ def test_there_and_back_and_what_it_advises(convert, llama, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--vision-tower-name", "x"], "--vision-tower-name: --format llava alone has a place for it"),
+        (["--vision-tower-name", "x"], "--vision-tower-name: --format llava and peft alone have a place for it"),
         (["--with_modeling_code"], "--with-modeling-code: --format hf-llava alone"),
         (["--version", "v1"], "--version: --format hf-llava alone"),
         (["--load", "nowhere"], "--load nowhere: no such folder"),

@@ -69,6 +69,13 @@ def test_defaults_are_the_tables_and_the_recipe_is_pinned():
     assert "--calculate-per-token-loss" not in engine("--loss-reduction microbatch")
 
 
+@pytest.mark.parametrize("more", ["", " --trainable connector,lora", " --freeze_backbone True"])
+def test_adapters_leave_the_language_model_alone(more):
+    got = settings("--lora_enable True --lora_r 128 --lora_alpha 256" + more)
+    assert (got.trainable, got.lora_r, got.lora_alpha, got.lora_dropout) == (("connector", "lora"), 128, 256, 0.05)
+    assert settings("--lora_enable False --lora_r 128").trainable == ("connector", "llm")
+
+
 def test_settings_are_primitives():
     assert json.loads(json.dumps(asdict(settings("--tune_mm_mlp_adapter True"))))["trainable"] == ["connector"]
 
@@ -198,8 +205,15 @@ def test_a_shorter_row_shortens_the_samples_with_a_note():
         ("--mm_patch_merge_type spatial_unpadded", "did you mean 'spatial_unpad'"),
         ("--report_to wandb", "wandb not available yet"),
         ("--save_strategy epoch", "epoch not available yet"),
-        ("--lora_enable True", "--lora_enable True not available yet"),
-        ("--lora-r 128", "--lora-r 128 not available yet"),
+        ("--lora-r 128", "--lora_r 128 add --lora_enable True"),
+        ("--lora_weight_path x", "--lora_weight_path x add --lora_enable True"),
+        ("--lora_enable True --lora_r 0", "--lora_r 0 above 0"),
+        ("--lora_enable True --lora_dropout 1", "--lora_dropout 1.0 below 1"),
+        ("--lora_enable True --lora_bias all", "--lora_bias all not available none"),
+        ("--lora_enable True --trainable connector,llm", "--trainable connector,llm contradicts --lora_enable True"),
+        ("--lora_enable True --tune_mm_mlp_adapter True", "--tune_mm_mlp_adapter True contradicts --lora_enable True"),
+        ("--trainable connector,lora", "--trainable connector,lora add --lora_enable True"),
+        ("--lora_enable True --trainable connector", "--trainable connector contradicts --trainable connector,lora"),
         ("--mm_use_im_start_end", "--mm_use_im_start_end True not available yet"),
         ("--bits 4", "--bits 4 not available yet"),
         ("--trainable llm", "the connector always learns; use connector,llm"),

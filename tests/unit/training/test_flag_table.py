@@ -21,6 +21,7 @@ seq_length packing group_by_modality_length video_frames data_order image_backen
 max_bad_sample_rate index_folder
 dataloader_num_workers seed trainable
 tune_mm_mlp_adapter freeze_backbone unfreeze_mm_vision_tower
+lora_enable lora_r lora_alpha lora_dropout lora_weight_path lora_bias
 num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
 global_batch_size micro_batch_size loss_reduction gradient_checkpointing recompute bf16 fp16
 fp8_format fp8_recipe fp8_check_interval learning_rate mm_projector_lr vision_tower_lr min_lr
@@ -34,8 +35,8 @@ save_total_limit is_multimodal remove_unused_columns cache_dir run_name attn_imp
 overwrite_output_dir double_quant quant_type
 """)
 LATER_NAMES = shlex.split("""
-mm_use_im_start_end mm_use_im_patch_token freeze_mm_mlp_adapter lora_enable
-lora_r lora_alpha lora_dropout lora_weight_path lora_bias bits optim resume_from_checkpoint
+mm_use_im_start_end mm_use_im_patch_token freeze_mm_mlp_adapter
+bits optim resume_from_checkpoint
 """)
 
 # Names that both worlds know, and what happens to them. "as it is": read here and handed on under the same name or

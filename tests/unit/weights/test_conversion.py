@@ -121,7 +121,7 @@ def test_shards_and_their_index(tmp_path, llama, monkeypatch):
     bring_in(llama, tmp_path / "tree")
     writer = safetensors_writer.SafetensorsWriter
     original = writer.__init__
-    monkeypatch.setattr(writer, "__init__", lambda self, *args: original(self, *args, most=150_000))
+    monkeypatch.setattr(writer, "__init__", lambda self, *args, **more: original(self, *args, most=150_000, **more))
     bring_out(tmp_path / "tree", "hf", tmp_path / "back")
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
