@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dc_megatron.config import image_share
 from dc_megatron.data.conversation import stop_text
-from dc_megatron.data.image_loading import image_loader, tile_requests
+from dc_megatron.data.image_loading import tile_requests
 from dc_megatron.data.image_store import ImageStore
 from dc_megatron.data.picture import Picture
 from dc_megatron.data.rows import feature_rows
@@ -24,6 +24,15 @@ class Question:
 
     text: str
     pictures: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """``texts``: one a question. ``blank``: numbers of the pictures, counted over all questions, that were blank ones
+    to the model because their file could not be read or decoded."""
+
+    texts: list[str]
+    blank: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -41,7 +50,7 @@ def answer(
     stores: Sequence[ImageStore],
     max_new_tokens: int = 64,
     image_backend: str = "auto",
-) -> list[str]:
+) -> Answers:
     """The greedy answer to each of ``questions``, which are run as one batch. Every rank calls it and gets them all.
 
     stores: of the pictures' sources. A token costs a forward pass over the whole row: nothing is kept between tokens
@@ -64,7 +73,7 @@ def continue_prompts(
     stores: Sequence[ImageStore],
     max_new_tokens: int,
     image_backend: str = "auto",
-) -> list[str]:
+) -> Answers:
     """As ``answer`` for prompts that are tokenised: (ids, image mask) each, and all pictures in their order.
 
     stores: of the pictures' sources. Raises UserError for a token id that the model has not.
@@ -75,8 +84,9 @@ def continue_prompts(
     rows = [_Row(list(ids), list(mask), []) for ids, mask in prompts]
     stops = _stop_ids(tokenizer, resolved.version)
     index, tiles = feature_rows(pictures, resolved.tiling)
+    features, blank = _features(session, pictures, stores, tiles, image_backend)
     images = {
-        "image_features": _features(session, pictures, stores, tiles, image_backend),
+        "image_features": features,
         "image_feature_index": torch.from_numpy(index),
         "num_images": tiles,
     }
@@ -86,7 +96,7 @@ def continue_prompts(
             break
     text = [tokenizer.decode(row.answer) for row in rows]
     end = stop_text(resolved.version)
-    return [t.split(end)[0].strip() if end.strip() else t.split(end)[0] for t in text]
+    return Answers([t.split(end)[0].strip() if end.strip() else t.split(end)[0] for t in text], blank)
 
 
 def _stop_ids(tokenizer: TextTokenizer, version: str) -> set[int]:
@@ -100,18 +110,25 @@ def _stop_ids(tokenizer: TextTokenizer, version: str) -> set[int]:
 
 def _features(
     session: Runner, pictures: Sequence[Picture], stores: Sequence[ImageStore], tiles: int, image_backend: str
-) -> Tensor | None:
-    """Features [tiles * tile tokens, h] on the first stage; every tensor-parallel rank encodes its share of tiles."""
-    model = session.unwrapped
-    if model.connector is None or not pictures:
-        return None
-    resolved = session.resolved
-    loader = image_loader(image_backend, resolved.vision, resolved.image_aspect_ratio, resolved.tiling)
-    group = model.pg_collection.tp
-    share = image_share(tiles, group.rank(), group.size())
-    pixels, _ = loader.load(tile_requests(pictures, stores, share))
-    with torch.no_grad():
-        return model.image_features(pixels.to(session.device), tiles).flatten(0, 1)
+) -> tuple[Tensor | None, frozenset[int]]:
+    """Features [tiles * tile tokens, h] on the first stage, and on all ranks the numbers of pictures that failed.
+
+    Every tensor-parallel rank encodes its share of tiles.
+    """
+    if not pictures:
+        return None, frozenset()
+    model, features = session.unwrapped, None
+    failed = torch.zeros(len(pictures), dtype=torch.int32, device=session.device)
+    if model.connector is not None:
+        group = model.pg_collection.tp
+        requests = tile_requests(pictures, stores, image_share(tiles, group.rank(), group.size()))
+        pixels, numbers = session.image_loader(image_backend).load(requests)
+        unreadable = {requests[number].key for number in numbers}
+        for number, picture in enumerate(pictures):
+            failed[number] = (picture.source, picture.name) in unreadable
+        with torch.no_grad():
+            features = model.image_features(pixels.to(session.device), tiles).flatten(0, 1)
+    return features, frozenset(session.anywhere(failed).nonzero().flatten().tolist())
 
 
 def _next_tokens(session: Runner, rows: list[_Row], images: dict) -> Tensor:

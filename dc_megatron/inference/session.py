@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dc_megatron.config import padded_vocab_size
+from dc_megatron.data.image_loading import ImageLoader, image_loader
 from dc_megatron.inference.source import Resolved, check_world
 from dc_megatron.runtime import device, installed, parallel, patches
 
@@ -22,6 +23,7 @@ class Runner:
         self.resolved = resolved
         self.device = device.device()
         self.model = model
+        self._loaders: dict[str, ImageLoader] = {}
 
     @property
     def unwrapped(self):
@@ -63,6 +65,24 @@ class Runner:
             source = parallel_state.get_pipeline_model_parallel_last_rank()
             torch.distributed.broadcast(tensor, source, group=parallel_state.get_pipeline_model_parallel_group())
         return tensor
+
+    def anywhere(self, flags: Tensor) -> Tensor:
+        """``flags`` (integers) as the largest that any rank of this model has, on all of them; shapes agree."""
+        from megatron.core import parallel_state
+
+        torch.distributed.all_reduce(
+            flags, torch.distributed.ReduceOp.MAX, group=parallel_state.get_model_parallel_group()
+        )
+        return flags
+
+    def image_loader(self, backend: str) -> ImageLoader:
+        """The loader of ``--image-backend``, made once: its threads and decoders serve one question after another."""
+        if backend not in self._loaders:
+            resolved = self.resolved
+            self._loaders[backend] = image_loader(
+                backend, resolved.vision, resolved.image_aspect_ratio, resolved.tiling
+            )
+        return self._loaders[backend]
 
 
 class Session(Runner):

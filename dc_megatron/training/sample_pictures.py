@@ -48,14 +48,14 @@ class SamplePictures:
             runner = Runner(self._resolved(), model)
             # Rows of a prompt's length are no multiple of what FP8 takes.
             with without_fp8(get_model_config(model)):
-                answers = continue_prompts(
+                answered = continue_prompts(
                     runner, self._tokenizer, prompts, pictures, self._stores, _NEW_TOKENS, self._config.image_backend
                 )
         finally:
             model.train()
         if writer is None:
             return
-        for number, (sample, words) in enumerate(zip(self._samples, answers, strict=True)):
+        for number, (sample, words) in enumerate(zip(self._samples, answered.texts, strict=True)):
             expected = self._tokenizer.decode(sample.labels[sample.labels != IGNORE])
             writer.add_image(
                 f"samples/{number}",

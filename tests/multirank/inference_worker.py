@@ -21,7 +21,7 @@ def answers(source: Source, questions: list[tuple[str, tuple[str, ...]]], new_to
         sizes = [read_header(store, image) for image in images]
         pictures = [make_picture(tiling, i, size.width, size.height) for i, size in zip(images, sizes, strict=True)]
         asked.append(Question(text, tuple(pictures)))
-    return answer(session, tokenizer, asked, [store], new_tokens, "pil")
+    return answer(session, tokenizer, asked, [store], new_tokens, "pil").texts
 
 
 def scores(source: Source, data_path: str, image_folder: str) -> tuple[list[dict], dict]:
