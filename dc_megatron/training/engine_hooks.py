@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -38,6 +39,10 @@ class Session:
     counts: StepCounts
     clock: Clock
     loaders: list[MicroBatches]
+    validation_counts: StepCounts = field(default_factory=StepCounts)
+    # The last step of this run, and (step, result) of the last evaluation.
+    iteration: int | None = None
+    evaluated: tuple[int | None, tuple] | None = None
     metrics: MetricsFile | None = None
     pictures: SamplePictures | None = None
     band: Fp8Band | None = None
@@ -89,7 +94,8 @@ def _log_hook(original: Callable, session: Session) -> Callable:
             print("\r\x1b[K", end="", flush=True)
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
         total_wait = max((loader.data_wait_seconds for loader in session.loaders), default=0.0)
-        totals = _sum_over_ranks(session, learning_rate or 0.0, total_wait - waited)
+        session.iteration = iteration
+        totals = _totals_of_a_step(session, learning_rate or 0.0, total_wait - waited)
         waited = total_wait
         session.consumed_tokens["processed"] += int(totals["tokens"])
         session.consumed_tokens["supervised"] += int(totals["supervised_tokens"])
@@ -131,23 +137,68 @@ def _log_hook(original: Callable, session: Session) -> Callable:
     return training_log
 
 
-def _sum_over_ranks(session: Session, learning_rate: float, wait: float) -> dict[str, float]:
-    """Counts of the global batch, known to every rank alike.
+def _totals_of_a_step(session: Session, learning_rate: float, wait: float) -> dict[str, float]:
+    """Counts of the global batch, waiting and learning rate, known to every rank alike.
 
-    Rows are counted once a data-parallel rank, on the first stage and first tensor-parallel rank; replaced images on
-    every rank that decodes. Rank 0 always has parameters that learn or an optimizer group, so the rate is its.
+    Rank 0 always has parameters that learn or an optimizer group, so the rate is its.
     """
     from megatron.core import parallel_state
 
-    counts = session.counts.take()
+    rate = learning_rate if torch.distributed.get_rank() == 0 else 0.0
+    waiting = wait / parallel_state.get_data_parallel_world_size()
+    return _summed(session.counts, rate, waiting)
+
+
+def _summed(step_counts: StepCounts, learning_rate: float = 0.0, wait: float = 0.0) -> dict[str, float]:
+    """The counts of all ranks, with the sum of the rates and of what counting ranks waited.
+
+    Rows are counted once a data-parallel rank, on the first stage and first tensor-parallel rank; replaced images on
+    every rank that decodes.
+    """
+    from megatron.core import parallel_state
+
+    counts = step_counts.take()
     first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
     counting = first_stage and parallel_state.get_tensor_model_parallel_rank() == 0
     values = [counts[name] if counting or (name == "substituted_images" and first_stage) else 0 for name in COUNTS]
-    values.append(wait / parallel_state.get_data_parallel_world_size() if counting else 0.0)
-    values.append(learning_rate if torch.distributed.get_rank() == 0 else 0.0)
+    values += [wait if counting else 0.0, learning_rate]
     summed = torch.tensor(values, dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(summed)
     return dict(zip([*COUNTS, "wait", "lr"], summed.tolist(), strict=True))
+
+
+def _evaluate_hook(original: Callable, session: Session) -> Callable:
+    """``evaluate``, and its loss in metrics.jsonl; the evaluation at the end of a run is not made twice."""
+
+    def evaluate(forward_step_func, data_iterator, model, *args, **kwargs):
+        iteration = session.iteration
+        if session.evaluated is not None and session.evaluated[0] == iteration:
+            return session.evaluated[1]
+        started = time.perf_counter()
+        result = original(forward_step_func, data_iterator, model, *args, **kwargs)
+        losses, _, out_of_time = result
+        if out_of_time:
+            return result
+        session.evaluated = (iteration, result)
+        counts = _summed(session.validation_counts)
+        if session.metrics is not None and iteration is not None:
+            session.metrics.write(
+                {
+                    "iteration": iteration,
+                    "eval_loss": losses[LOSS_NAME].item(),
+                    "eval_samples": int(counts["samples"]),
+                    "eval_supervised_tokens": int(counts["supervised_tokens"]),
+                    "eval_images": int(counts["images"]),
+                    "eval_substituted_images": int(counts["substituted_images"]),
+                    "eval_seconds": round(time.perf_counter() - started, 6),
+                }
+            )
+        if session.pictures is not None and iteration is not None:
+            session.pictures.write(model[0], iteration, get_tensorboard_writer())
+        session.clock.lap()
+        return result
+
+    return evaluate
 
 
 def _save_hook(original: Callable, session: Session) -> Callable:
@@ -261,6 +312,12 @@ HOOKS = (
         _log_hook,
         "always",
         "metrics.jsonl, the progress line, and the limit on replaced images",
+    ),
+    Hook(
+        "megatron.training.training:evaluate",
+        _evaluate_hook,
+        "always",
+        "eval_loss in metrics.jsonl, the model's words about held-out pictures, no second pass at the end",
     ),
     Hook(
         "megatron.training.training:save_checkpoint",

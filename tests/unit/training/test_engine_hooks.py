@@ -1,4 +1,4 @@
-"""The two wrapped functions of the engine as they are installed, and the limit on replaced images."""
+"""The wrapped functions of the engine as they are installed, and the limit on replaced images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ def hooks(workers) -> dict[str, dict]:
     return {row["target"].split(":")[1]: row for row in rows}
 
 
-def test_exactly_four_functions_are_wrapped_each_with_a_reason(hooks):
+def test_exactly_five_functions_are_wrapped_each_with_a_reason(hooks):
     assert sorted(row["target"] for row in hooks.values()) == [
         "megatron.training.checkpointing:_load_base_checkpoint",
+        "megatron.training.training:evaluate",
         "megatron.training.training:save_checkpoint",
         "megatron.training.training:training_log",
         "megatron.training.wandb_utils:on_save_checkpoint_success",
@@ -33,6 +34,14 @@ def test_training_log_takes_and_gets_what_the_hook_reads(hooks):
     (positional,) = row["positional"]
     assert positional[:8] == expected
     # An argument that the hook names must not come by keyword as well.
+    assert not set(row["keywords"][0]) & set(row["wrapped"])
+
+
+def test_evaluate_takes_and_gets_what_the_hook_reads(hooks):
+    row = hooks["evaluate"]
+    assert row["parameters"][:3] == row["wrapped"][:3] == ["forward_step_func", "data_iterator", "model"]
+    (positional,) = row["positional"]
+    assert positional[:3] == ["forward_step_func", "iterator", "model"]
     assert not set(row["keywords"][0]) & set(row["wrapped"])
 
 
