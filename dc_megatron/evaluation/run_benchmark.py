@@ -142,6 +142,10 @@ class _Asker:
         self.session, self._tokenizer = start(resolved)
         self._run = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
+    def order(self, question: BenchmarkQuestion) -> tuple[int, int, int]:
+        """Sorts questions so that prompts of one length, which go on together, are neighbours."""
+        return len(question.images), len(self._tokenizer.encode(question.asked)[0]), question.number
+
     def answers(self, questions: list[BenchmarkQuestion]) -> list[tuple[int, dict]]:
         """(number, line of the answers file) of each question, on every rank of this model."""
         from dc_megatron.inference.generate import Question, answer
@@ -204,6 +208,7 @@ def _answer_all(
     import torch
     from megatron.core import parallel_state
 
+    questions = sorted(questions, key=asker.order)
     batches = [questions[first : first + size] for first in range(0, len(questions), size)]
     data_rank, data_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     part: AnswersPart | None = None
