@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import replace
 
@@ -120,3 +121,28 @@ def test_what_is_answered_is_not_asked_again(workers, setting, alone):
     assert (summary["answered_before"], asked) == (7, 2)
     assert answers(setting, "alone") == alone
     assert summary["metrics"] == {"accuracy": 0.0}
+
+
+def test_a_table_with_its_pictures_inside(workers, setting):
+    root = setting[2]
+    encoded = [base64.b64encode((root / "images" / name).read_bytes()).decode() for name in ("1.jpg", "2.jpg")]
+    rows = [f"5\tWhich?\t\tred\tblue\tgreen\tA\t{encoded[0]}", f"9\tWhat?\tLook.\tx\ty\t\tB\t{encoded[1]}"]
+    table = root / "mmbench.tsv"
+    table.write_text("index\tquestion\thint\tA\tB\tC\tanswer\timage\n" + "".join(row + "\n" for row in rows))
+    more = {"benchmark": "mmbench", "question_file": str(table), "annotations": "", "all_rounds": True}
+    ((summary, asked), _) = run(workers, setting, "table", "DP2", **more)
+    given = answers(setting, "table")
+    assert [(a["question_id"], a["round_id"], a["options"][0]) for a in given] == [
+        (5, 0, "red"),
+        (5, 1, "blue"),
+        (5, 2, "green"),
+        (9, 0, "x"),
+        (9, 1, "y"),
+    ]
+    # Two batches of two on one rank, the last question on the other.
+    assert (summary["questions"], summary["faults"], asked) == (5, {}, 3)
+    assert set(summary["metrics"]) == {"accuracy", "round_accuracy", "categories"}
+    lines = (root / "table" / "mmbench_upload.tsv").read_text().splitlines()
+    assert len(lines) == 3
+    assert "prediction" in lines[0]
+    assert encoded[0] not in lines[1]
