@@ -18,6 +18,16 @@ LAYOUTS = {
     "DP2": (2, {"micro_batch_size": 1}),
     "TP2-SP": (2, {"tensor-model-parallel-size": 2, "sequence-parallel": True}),
     "PP2": (2, {"pipeline-model-parallel-size": 2, "micro_batch_size": 1}),
+    "PP2-VPP2": (
+        2,
+        {
+            "pipeline-model-parallel-size": 2,
+            "num-virtual-stages-per-pipeline-rank": 2,
+            "micro_batch_size": 1,
+            # Not available with virtual stages.
+            "log_images": 0,
+        },
+    ),
     "packed": (1, {"packing": "best-fit", "seq_length": 256, "global_batch_size": 2, "micro_batch_size": None}),
     "microbatch": (1, {"loss-reduction": "microbatch"}),
 }
