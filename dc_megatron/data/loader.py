@@ -14,7 +14,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
+import numpy as np
 import torch
 
 from dc_megatron.config import DataConfig, VisionConfig, dealt_tiles
@@ -22,13 +24,18 @@ from dc_megatron.config import image_share as share_of
 from dc_megatron.data.image_loading import image_loader, tile_requests
 from dc_megatron.data.image_store import ImageStore, open_stores
 from dc_megatron.data.index import SampleIndex
-from dc_megatron.data.row_plan import RowPlan
 from dc_megatron.data.rows import assemble, pinned, row_length
 
 logger = logging.getLogger(__name__)
 
 # A step that waits this long for its data says so, and again after as long.
 _SAY_AFTER_SECONDS = 30.0
+
+
+class RowsByPosition(Protocol):
+    """A row plan: numbers of the samples in the row at a position of an endless stream."""
+
+    def __getitem__(self, position: int) -> Sequence[int] | np.ndarray: ...
 
 
 class MicroBatches:
@@ -52,7 +59,7 @@ class MicroBatches:
     def __init__(
         self,
         index: SampleIndex,
-        plan: RowPlan,
+        plan: RowsByPosition,
         config: DataConfig,
         vision: VisionConfig,
         *,

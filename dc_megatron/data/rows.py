@@ -105,8 +105,8 @@ class _Columns:
 
 
 def row_length(rows: Sequence[Sequence[TokenisedSample]], multiple: int) -> int:
-    """Positions of the fullest of ``rows``, rounded up to a multiple."""
-    longest = max(sum(sample.length for sample in samples) for samples in rows)
+    """Positions of the fullest of ``rows``, rounded up to a multiple; rows that are all empty have one."""
+    longest = max(1, *(sum(sample.length for sample in samples) for samples in rows))
     return -(-longest // multiple) * multiple
 
 

@@ -13,7 +13,9 @@ _HERE = "."
 _KEYS = ("data_path", "image_folder", "weight")
 
 
-def read_sources(data_paths: Sequence[str], image_folders: Sequence[str]) -> tuple[DataSource, ...]:
+def read_sources(
+    data_paths: Sequence[str], image_folders: Sequence[str], flags: tuple[str, str] = ("--data_path", "--image_folder")
+) -> tuple[DataSource, ...]:
     """The sources that the words of the two flags name.
 
     data_paths: ``file`` or ``file:weight`` each, or one .yaml file with a list ``datasets`` of data_path, image_folder
@@ -22,19 +24,19 @@ def read_sources(data_paths: Sequence[str], image_folders: Sequence[str]) -> tup
     """
     if any(path.endswith((".yaml", ".yml")) for path in data_paths):
         if len(data_paths) != 1:
-            raise UserError(f"--data_path {' '.join(data_paths)}: give one YAML file alone, or data files")
-        return _from_yaml(data_paths[0], image_folders)
+            raise UserError(f"{flags[0]} {' '.join(data_paths)}: give one YAML file alone, or data files")
+        return _from_yaml(data_paths[0], image_folders, flags)
     folders = list(image_folders) or [_HERE]
     if len(folders) not in (1, len(data_paths)):
         raise UserError(
-            f"--image_folder {' '.join(folders)}: {len(folders)} folders for {len(data_paths)} files of --data_path;"
+            f"{flags[1]} {' '.join(folders)}: {len(folders)} folders for {len(data_paths)} files of {flags[0]};"
             " give one for all or one for each"
         )
     folders = folders * len(data_paths) if len(folders) == 1 else folders
-    return tuple(_source(path, folder) for path, folder in zip(data_paths, folders, strict=True))
+    return tuple(_source(path, folder, flags[0]) for path, folder in zip(data_paths, folders, strict=True))
 
 
-def _source(word: str, folder: str) -> DataSource:
+def _source(word: str, folder: str, flag: str) -> DataSource:
     path, colon, weight = word.rpartition(":")
     if not colon:
         return DataSource(word, folder)
@@ -43,7 +45,7 @@ def _source(word: str, folder: str) -> DataSource:
     except ValueError:
         # A colon that belongs to the file's name.
         return DataSource(word, folder)
-    return DataSource(path, folder, _weight(number, f"--data_path {word}"))
+    return DataSource(path, folder, _weight(number, f"{flag} {word}"))
 
 
 def _weight(value, what: str) -> float:
@@ -52,10 +54,10 @@ def _weight(value, what: str) -> float:
     return float(value)
 
 
-def _from_yaml(path: str, image_folders: Sequence[str]) -> tuple[DataSource, ...]:
+def _from_yaml(path: str, image_folders: Sequence[str], flags: tuple[str, str]) -> tuple[DataSource, ...]:
     import yaml
 
-    what = f"--data_path {path}"
+    what = f"{flags[0]} {path}"
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
@@ -67,7 +69,7 @@ def _from_yaml(path: str, image_folders: Sequence[str]) -> tuple[DataSource, ...
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{what}: must hold a list 'datasets' with data_path, image_folder and weight in each entry")
     if len(image_folders) > 1:
-        raise UserError(f"--image_folder {' '.join(image_folders)}: {path} names a folder in each of its entries")
+        raise UserError(f"{flags[1]} {' '.join(image_folders)}: {path} names a folder in each of its entries")
     default = image_folders[0] if image_folders else _HERE
     return tuple(_entry(entry, f"{what}: entry {number}", default) for number, entry in enumerate(entries))
 

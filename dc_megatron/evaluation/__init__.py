@@ -1,1 +1,1 @@
-"""Models run to compare them: what two folders compute of the same input."""
+"""Models run to compare them with each other, and on benchmarks."""

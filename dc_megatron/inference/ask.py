@@ -22,10 +22,10 @@ def ask_once(source: Source, prompt: str, images: list[str], max_new_tokens: int
     resolved = resolve(source)
     store = FolderStore("")
     asked = _asked(PictureReader(store, resolved.tiling, 1), Record("", tuple(images), [{"value": prompt}]), "--image")
-    session, tokenizer = _start(resolved)
+    session, tokenizer = start(resolved)
     from dc_megatron.inference.generate import Question, answer
 
-    text = answer(session, tokenizer, [Question(*asked)], [store], max_new_tokens, image_backend)[0]
+    (text,) = answer(session, tokenizer, [Question(*asked)], [store], max_new_tokens, image_backend).texts
     return {"question": prompt, "images": images, "answer": text}
 
 
@@ -47,13 +47,13 @@ def ask_file(
     store = open_store(image_folder or ".")
     reader = PictureReader(store, resolved.tiling, DataConfig.video_frames)
     questions = [_question(record, number, reader, data_path) for number, record in enumerate(read_records(data_path))]
-    session, tokenizer = _start(resolved)
+    session, tokenizer = start(resolved)
     from dc_megatron.inference.generate import Question, answer
 
     given = []
     for first in range(0, len(questions), batch_size):
         part = [Question(q["asked"], q["pictures"]) for q in questions[first : first + batch_size]]
-        given += answer(session, tokenizer, part, [store], max_new_tokens, image_backend)
+        given += answer(session, tokenizer, part, [store], max_new_tokens, image_backend).texts
     exact = sum(
         q["expected"] is not None and a.strip() == q["expected"].strip() for q, a in zip(questions, given, strict=True)
     )
@@ -65,7 +65,8 @@ def ask_file(
     return {"questions": len(questions), "exact": exact, "answers": answers}
 
 
-def _start(resolved: Resolved):
+def start(resolved: Resolved):
+    """(session, tokenizer) of a model; joins the process groups."""
     from dc_megatron.data.tokenization import load_tokenizer
     from dc_megatron.inference.session import Session
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dc_megatron.config import padded_vocab_size
+from dc_megatron.data.image_loading import ImageLoader, image_loader
 from dc_megatron.inference.source import Resolved, check_world
 from dc_megatron.runtime import device, installed, parallel, patches
 from dc_megatron.weights.projector_sources import refuse_other_tower
@@ -16,13 +17,17 @@ from dc_megatron.weights.projector_sources import refuse_other_tower
 class Runner:
     """Forward passes without gradients through a model that every rank of its groups holds a part of.
 
-    ``model``: the module that the schedule calls, wrapped or not, in evaluation mode.
+    ``model``: the module that the schedule calls, wrapped or not, in evaluation mode. ``keeps_keys``: whether a token's
+    pass may rest on keys and values of those before it; a model that is set up for training has no place for them.
     """
+
+    keeps_keys = False
 
     def __init__(self, resolved: Resolved, model):
         self.resolved = resolved
         self.device = device.device()
         self.model = model
+        self._loaders: dict[str, ImageLoader] = {}
 
     @property
     def unwrapped(self):
@@ -31,17 +36,19 @@ class Runner:
         return unwrap_model([self.model])[0]
 
     @torch.no_grad()
-    def forward(self, batch: dict, positions: Tensor | None = None) -> Tensor | None:
+    def forward(self, batch: dict, positions: Tensor | None = None, cache=None) -> Tensor | None:
         """Losses or logits of one micro-batch (see DenseConnectorModel.forward) on the last stage, None elsewhere.
 
-        Every rank of the model calls it together. S must be a multiple of the tensor-parallel size.
+        Every rank of the model calls it together. Under sequence parallelism S must be a multiple of the
+        tensor-parallel size. cache: of ``new_cache``; the batch stands behind what it holds.
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         moved = {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in batch.items()}
 
         def forward_step(iterator, model):
-            output = model(moved, positions=positions if positions is None else positions.to(self.device))
+            where = positions if positions is None else positions.to(self.device)
+            output = model(moved, positions=where, cache=cache)
             return output, lambda output, non_loss_data=True: output
 
         collected = get_forward_backward_func()(
@@ -54,7 +61,18 @@ class Runner:
             forward_only=True,
             collect_non_loss_data=True,
         )
+        if cache is not None:
+            cache.sequence_len_offset += batch["input_ids"].shape[1]
+            cache.enable_decode_mode()
         return collected[0] if collected else None
+
+    def new_cache(self, rows: int, length: int):
+        """Room for keys and values of ``rows`` rows of up to ``length`` positions; None where none are kept."""
+        if not self.keeps_keys:
+            return None
+        from megatron.core.inference.contexts.static_context import StaticInferenceContext
+
+        return StaticInferenceContext(rows, length)
 
     def from_last_stage(self, tensor: Tensor) -> Tensor:
         """``tensor`` as the last pipeline stage has it, on all stages; shapes agree everywhere."""
@@ -65,9 +83,29 @@ class Runner:
             torch.distributed.broadcast(tensor, source, group=parallel_state.get_pipeline_model_parallel_group())
         return tensor
 
+    def anywhere(self, flags: Tensor) -> Tensor:
+        """``flags`` (integers) as the largest that any rank of this model has, on all of them; shapes agree."""
+        from megatron.core import parallel_state
+
+        torch.distributed.all_reduce(
+            flags, torch.distributed.ReduceOp.MAX, group=parallel_state.get_model_parallel_group()
+        )
+        return flags
+
+    def image_loader(self, backend: str) -> ImageLoader:
+        """The loader of ``--image-backend``, made once: its threads and decoders serve one question after another."""
+        if backend not in self._loaders:
+            resolved = self.resolved
+            self._loaders[backend] = image_loader(
+                backend, resolved.vision, resolved.image_aspect_ratio, resolved.tiling
+            )
+        return self._loaders[backend]
+
 
 class Session(Runner):
     """The model of ``resolved`` on this rank, in evaluation mode. Starts the process groups."""
+
+    keeps_keys = True
 
     def __init__(self, resolved: Resolved, seed: int = 1234):
         device.limit_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

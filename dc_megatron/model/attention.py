@@ -20,7 +20,8 @@ from dc_megatron.runtime import installed
 class TorchCoreAttention(MegatronModule):
     """Causal softmax attention behind megatron-core's core-attention interface.
 
-    Unpacked: query [s, b, heads, d], key and value [s, b, groups, d] of one length -> [s, b, heads * d]. Packed (qkv
+    Unpacked: query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]; a query of one position
+    attends to keys of any number, which are those up to it (a cache of keys and values). Packed (qkv
     format thd): [t, heads, d] and [t, groups, d] -> [t, heads * d], where each stretch of ``cu_seqlens_q`` attends
     only to itself; ``cu_seqlens_q[-1]`` must equal t, padding being a stretch of its own.
     """
@@ -63,12 +64,13 @@ class TorchCoreAttention(MegatronModule):
         return kernel(query, key, value, bounds, longest, self.softmax_scale, dropout).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[b, heads, s, d] each."""
+        """[b, heads, s, d] each; key and value may be longer than a query of one position."""
+        assert query.shape[2] in (1, key.shape[2]), f"{query.shape[2]} positions of {key.shape[2]}"
         return torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=True,
+            is_causal=query.shape[2] > 1,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.softmax_scale,
         )

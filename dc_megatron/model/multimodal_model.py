@@ -118,7 +118,7 @@ class DenseConnectorModel(MegatronModule):
         if self.lora is not None:
             self.lora.requires_grad_("lora" in parts)
 
-    def forward(self, batch: dict, positions: Tensor | None = None) -> Tensor:
+    def forward(self, batch: dict, positions: Tensor | None = None, cache=None) -> Tensor:
         """One micro-batch (the batch contract of the data room).
 
         Last stage: losses [supervised positions] in fp32, row-major; with ``positions`` (indices into the flattened
@@ -126,7 +126,8 @@ class DenseConnectorModel(MegatronModule):
         [num_images * tile tokens, h] in the batch stand for pixels that were encoded before, and so does
         ``joined_features`` [num_images, tokens, channels], on which the connector then works. ``image_places`` and
         ``target_places`` (indices into the flattened b * s of images and targets) may be there: looking for them on a
-        GPU would make the host wait.
+        GPU would make the host wait. ``cache``: an inference context of megatron.core, which keeps keys and values; the
+        batch then goes on where it ended.
         """
         embeddings = self._embed(batch) if self.pre_process else None
         # Questions to a model in training come unpacked, without bounds.
@@ -148,6 +149,7 @@ class DenseConnectorModel(MegatronModule):
             attention_mask=None,
             decoder_input=embeddings,
             packed_seq_params=packed,
+            inference_context=cache,
             output_processor=head,
             output_processor_context=request,
         )

@@ -27,6 +27,8 @@ class StepPlan:
     decay_iters: int
     save_interval: int
     notes: tuple[str, ...]
+    # Global batches of an evaluation; 0: there is none.
+    eval_iters: int = 0
 
 
 def plan_steps(
@@ -182,8 +184,9 @@ def finish(settings: RunSettings, plan: StepPlan) -> list[str]:
     words = ["--micro-batch-size", plan.micro_batch_size, "--global-batch-size", plan.global_batch_size]
     words += ["--seq-length", plan.seq_length, "--train-iters", plan.train_iters]
     words += ["--lr-decay-style", style, "--lr-warmup-iters", plan.warmup_iters, "--lr-decay-iters", plan.decay_iters]
-    words += ["--optimizer", "adam", "--dataloader-type", "external", "--eval-iters", 0]
-    words += ["--eval-interval", plan.train_iters]  # unused, but the engine divides by it
+    words += ["--optimizer", "adam", "--dataloader-type", "external", "--eval-iters", plan.eval_iters]
+    # Without an evaluation the interval is unused, but the engine divides by it.
+    words += ["--eval-interval", settings.eval_steps if plan.eval_iters else plan.train_iters]
     # SIGTERM is what torchrun sends when another rank died; a wish to stop is told apart from it.
     words += ["--exit-signal-handler", "--exit-signal", "SIGUSR1", "--no-one-logger"]
     if settings.output_dir:

@@ -189,6 +189,7 @@ def _refuse_contradictions(reading: _Reading, values: dict) -> None:
         values["model_max_length"] = values["seq_length"]
         reading.notes.append(f"--model_max_length {values['seq_length']}: as long as --seq-length")
     _settle_packing(reading, values)
+    _refuse_impossible_evaluation(reading, values)
     _refuse_decoding(values)
     refuse_impossible_fp8(values, set(reading.values))
     refuse_impossible_lora(values, set(reading.values))
@@ -209,6 +210,25 @@ def _refuse_contradictions(reading: _Reading, values: dict) -> None:
 def _refuse_decoding(values: dict) -> None:
     if values["image_decode_device"] == "gpu" and values["image_backend"] == "pil":
         raise UserError("--image-decode-device gpu contradicts --image-backend pil, which decodes on the CPU; drop one")
+
+
+def _refuse_impossible_evaluation(reading: _Reading, values: dict) -> None:
+    strategies = [name for name in ("evaluation_strategy", "eval_strategy") if values[name] is not None]
+    if len({values[name] for name in strategies}) > 1:
+        raise UserError("--evaluation_strategy and --eval_strategy are two names of one flag and differ; give one")
+    for name in strategies:
+        if values["eval_data_path"] and values[name] == "no":
+            raise UserError(f"--{name} no contradicts --eval_data_path; leave one of them out, or say steps")
+    if values["eval_iters"] is not None and values["eval_iters"] < 0:
+        raise UserError(f"--eval-iters {values['eval_iters']}: must not be negative")
+    asks = [f"--{name} steps" for name in strategies if values[name] == "steps"]
+    asks += [reading.spelled[name] for name in ("eval_steps", "eval_image_folder") if name in reading.values]
+    asks += ["--eval-iters"] if values["eval_iters"] else []
+    if asks and not values["eval_data_path"]:
+        # LLaVA's launch lines have --eval_steps beside a strategy of no.
+        if not any(values[name] == "no" for name in strategies):
+            raise UserError(f"{asks[0]}: nothing to evaluate on; give held-out records: --eval_data_path FILE")
+        reading.notes.append(f"{', '.join(asks)}: nothing is evaluated under a strategy of no")
 
 
 def _settle_packing(reading: _Reading, values: dict) -> None:
@@ -244,6 +264,7 @@ _POSITIVE = (
     "video_frames",
     "save_steps",
     "logging_steps",
+    "eval_steps",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
 )

@@ -17,6 +17,7 @@ from dc_megatron.model.dealt_images import dealing_place
 from dc_megatron.runtime import device
 from dc_megatron.training.data_plan import Data
 from dc_megatron.training.fp8_flags import length_multiple
+from dc_megatron.training.validation import Validation
 
 
 def make_dataset_provider(
@@ -25,8 +26,9 @@ def make_dataset_provider(
     loaders: list[MicroBatches],
     on_ready: Callable[[], object],
     ahead: Callable[[MicroBatches], Iterator[dict]] | None = None,
+    validation: Validation | None = None,
 ) -> Callable:
-    """``train_valid_test_dataset_provider`` of ``megatron.training.pretrain``; what it makes is added to ``loaders``.
+    """``train_valid_test_dataset_provider`` of ``megatron.training.pretrain``; training's is added to ``loaders``.
 
     Nodes that found other samples are refused before the first step. ``on_ready`` is called last: the model is there by
     then, and the first step begins.
@@ -37,47 +39,60 @@ def make_dataset_provider(
 
     def provider(train_valid_test_num_samples, vp_stage: int | None = None):
         args = get_args()
-        _refuse_different_plans(data.plan_hash)
+        _refuse_different_plans(data.plan_hash, "--data_path")
         first_chunk = not vp_stage
-        decodes = first_chunk and (ahead is not None or parallel_state.get_pipeline_model_parallel_rank() == 0)
-        tensor = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-        )
-        loader = MicroBatches(
-            data.index,
-            data.rows,
-            data.config,
-            vision,
-            micro_batch_size=args.micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
-            image_share=tensor if ahead is None else dealing_place(ProcessGroupCollection.use_mpu_process_groups()),
-            deal_images=ahead is not None,
-            decode_images=decodes,
-            stores=open_stores(data.config.sources, cache=data.folder) if decodes else None,
-            start_row=args.consumed_train_samples,
-            # Under sequence parallelism every tensor-parallel rank takes an equal piece of a row.
-            length_multiple=length_multiple(args.fp8, args.tensor_model_parallel_size),
-            image_threads=max(1, args.num_workers),
-            pin_memory=device.has_cuda(),
-        )
+        decodes = first_chunk and parallel_state.get_pipeline_model_parallel_rank() == 0
+        dealt = ahead is not None and first_chunk
+        loader = _micro_batches(data, vision, args, decodes or dealt, args.consumed_train_samples, dealt)
         loaders.append(loader)
+        held_out = None
+        if validation is not None:
+            _refuse_different_plans(validation.plan_hash, "--eval_data_path")
+            # Its rows begin anew with every evaluation, so none is left over from an earlier run.
+            held_out = _micro_batches(validation, vision, args, decodes, 0)
         on_ready()
-        return ahead(loader) if ahead is not None and first_chunk else loader, None, None
+        return ahead(loader) if dealt else loader, held_out, None
 
     # Every rank makes its own iterator; the engine broadcasts nothing.
     provider.is_distributed = True
     return provider
 
 
-def _refuse_different_plans(plan: str) -> None:
+def _micro_batches(
+    data: Data | Validation, vision: VisionConfig, args, decodes: bool, start_row: int, dealt: bool = False
+) -> MicroBatches:
+    """This rank's micro-batches of ``data``; pixels where it ``decodes``, maybe ``dealt`` over the ranks of all stages."""
+    tensor = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    return MicroBatches(
+        data.index,
+        data.rows,
+        data.config,
+        vision,
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        image_share=dealing_place(ProcessGroupCollection.use_mpu_process_groups()) if dealt else tensor,
+        deal_images=dealt,
+        decode_images=decodes,
+        stores=open_stores(data.config.sources, cache=data.folder) if decodes else None,
+        start_row=start_row,
+        # Under sequence parallelism every tensor-parallel rank takes an equal piece of a row.
+        length_multiple=length_multiple(args.fp8, args.tensor_model_parallel_size),
+        image_threads=max(1, args.num_workers),
+        pin_memory=device.has_cuda(),
+    )
+
+
+def _refuse_different_plans(plan: str, flag: str) -> None:
     """UserError on every rank where the nodes do not agree about which samples there are, and in which order."""
     plans: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(plans, plan)
     different = [rank for rank, other in enumerate(plans) if other != plans[0]]
     if different:
         raise UserError(
-            f"--data_path: ranks {', '.join(map(str, different[:8]))} found other usable samples than rank 0; the data"
+            f"{flag}: ranks {', '.join(map(str, different[:8]))} found other usable samples than rank 0; the data"
             " file and the pictures must be the same on all nodes"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from dc_megatron.data.index_waiting import build_or_wait
 from dc_megatron.errors import UserError
@@ -16,6 +16,7 @@ from dc_megatron.training.fp8_band import Fp8Band
 from dc_megatron.training.fp8_flags import refuse_unsupported_fp8
 from dc_megatron.training.metrics import Clock, MetricsFile, StepCounts
 from dc_megatron.training.resume import refuse_damaged_files, refuse_other_tower_weights
+from dc_megatron.training.validation import Validation, open_validation
 from dc_megatron.weights.checkpoint_folder import read_description, write_json
 from dc_megatron.weights.frozen_base import refuse_another_base
 from dc_megatron.weights.language_loading import LanguageWeights
@@ -50,13 +51,18 @@ def train(checked: run.Checked) -> None:
     data = data_plan.open_data(
         checked, config, build_or_wait(config, folder, local_rank, progress=_progress(local_rank)), folder, world_size
     )
+    validation = open_validation(checked, config, folder, local_rank, data.steps.global_batch_size)
+    if validation is not None:
+        data = replace(data, steps=replace(data.steps, eval_iters=validation.rows.iterations))
     chosen = auto_choices.choose(checked, data, device.memory_bytes())
     words = _engine_words(checked, data.steps, chosen)
     if rank == 0:
         _say_hello(checked, data, [*notes, *chosen.notes])
+        if validation is not None:
+            _say_validation(checked, validation)
     patches.apply(training=True)
     args = _parse(words, checked)
-    _pretrain(checked, args, data, words)
+    _pretrain(checked, args, data, validation, words)
 
 
 def _stand_alone() -> None:
@@ -169,6 +175,16 @@ def _say_hello(checked: run.Checked, data: data_plan.Data, notes: list[str]) -> 
     )
 
 
+def _say_validation(checked: run.Checked, validation: Validation) -> None:
+    summary = validation.index.summary
+    dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(summary.dropped.items())) or "none"
+    print(
+        f"validation: {summary.kept} samples of {summary.records} records (dropped: {dropped}), every"
+        f" {checked.settings.eval_steps} steps and at the end, {validation.rows.iterations} batches",
+        flush=True,
+    )
+
+
 def _parse(words: list[str], checked: run.Checked):
     """Megatron's arguments. It asserts what it does not like; the words of the assertion are what the user needs.
 
@@ -201,7 +217,7 @@ def _exchange_shapes(args) -> None:
     args.moe_token_dispatcher_type = "alltoall"
 
 
-def _sample_pictures(checked: run.Checked, args, data: data_plan.Data):
+def _sample_pictures(checked: run.Checked, args, data: data_plan.Data | Validation):
     from dc_megatron.training.sample_pictures import SamplePictures
 
     count = checked.settings.log_images
@@ -229,7 +245,9 @@ def _band(checked: run.Checked, args, data: data_plan.Data) -> Fp8Band | None:
     return Fp8Band(settings.fp8_check_interval, data.steps.accumulation_steps, settings.fp8_recipe, first)
 
 
-def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]) -> None:
+def _pretrain(
+    checked: run.Checked, args, data: data_plan.Data, validation: Validation | None, words: list[str]
+) -> None:
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -260,7 +278,7 @@ def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]
     if args.save and args.rank == args.world_size - 1:
         session.metrics = MetricsFile(args.save, (args.ckpt_step or 0) if checked.start.resumes else 0)
     if checked.settings.log_images and args.tensorboard_dir:
-        session.pictures = _sample_pictures(checked, args, data)
+        session.pictures = _sample_pictures(checked, args, validation or data)
     session.consumed_tokens.update(checked.start.consumed_tokens)
     session.band = _band(checked, args, data)
     engine_hooks.install(session)
@@ -283,10 +301,17 @@ def _pretrain(checked: run.Checked, args, data: data_plan.Data, words: list[str]
             checked.vision,
             loaders,
             on_ready,
+            validation=validation,
             ahead=encoded_ahead if checked.settings.vision_tower_stages == "all" else None,
         ),
         ModelType.encoder_or_decoder,
-        make_forward_step(device.device(), checked.settings.loss_reduction, counts.add, session.band),
+        make_forward_step(
+            device.device(),
+            checked.settings.loss_reduction,
+            counts.add,
+            session.band,
+            session.validation_counts.add,
+        ),
         make_model_provider(checked),
     )
     torch.distributed.barrier()

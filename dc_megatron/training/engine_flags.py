@@ -53,7 +53,7 @@ _DATA = "the data of this program comes from --data_path"
 _TOKENIZER = "the tokenizer comes from the folder of --model_name_or_path"
 _STEPS = "this program counts in optimizer steps: use --max_steps or --num_train_epochs"
 _BATCH = "the batch size is fixed over a run: use --per_device_train_batch_size or --global-batch-size"
-_EVALUATION = "there is no evaluation during training: use tools/score.py"
+_EVALUATION = "--eval_data_path is evaluated as one set, in batches of the training's size; --eval-iters shortens it"
 _ARCHITECTURE = "the language model is the dense decoder that --model_name_or_path describes"
 _SHARDING = "not available yet; use --use-distributed-optimizer"
 
@@ -69,7 +69,8 @@ REFUSED = {
     ),
     **dict.fromkeys(("train-samples", "lr-decay-samples", "lr-warmup-samples", "lr-wsd-decay-samples"), _STEPS),
     **dict.fromkeys(("rampup-batch-size", "step-batch-size-schedule", "batch-size"), _BATCH),
-    **dict.fromkeys(("eval-iters", "eval-interval", "full-validation", "multiple-validation-sets"), _EVALUATION),
+    **dict.fromkeys(("full-validation", "multiple-validation-sets", "validation-set-names"), _EVALUATION),
+    **dict.fromkeys(("eval-global-batch-size", "eval-micro-batch-size"), _EVALUATION),
     **dict.fromkeys(("num-experts", "multi-latent-attention", "spec", "hybrid-layer-pattern"), _ARCHITECTURE),
     **dict.fromkeys(("heterogeneous-layers-config-path", "encoder-num-layers", "mtp-num-layers"), _ARCHITECTURE),
     **dict.fromkeys(("use-megatron-fsdp", "use-torch-fsdp2"), _SHARDING),
@@ -93,7 +94,6 @@ NEUTRAL = {
     "ckpt-format": "torch_dist",
     "context-parallel-size": "1",
     "expert-model-parallel-size": "1",
-    "eval-iters": "0",
 }
 
 

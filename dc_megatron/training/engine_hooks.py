@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -48,6 +49,10 @@ class Session:
     loaders: list[MicroBatches]
     # Where all stages encode images: the iterator of this rank's first chunk.
     step_images: list[StepImages] = field(default_factory=list)
+    validation_counts: StepCounts = field(default_factory=StepCounts)
+    # The last step of this run, and (step, result) of the last evaluation.
+    iteration: int | None = None
+    evaluated: tuple[int | None, tuple] | None = None
     metrics: MetricsFile | None = None
     pictures: SamplePictures | None = None
     band: Fp8Band | None = None
@@ -107,7 +112,8 @@ def _log_hook(original: Callable, session: Session) -> Callable:
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
         session.stall.alive()
         total_wait = max((loader.data_wait_seconds for loader in session.loaders), default=0.0)
-        totals = _sum_over_ranks(session, rates, total_wait - waited)
+        session.iteration = iteration
+        totals = _summed(session.counts, rates, total_wait - waited)
         waited = total_wait
         session.consumed_tokens["processed"] += int(totals["tokens"])
         session.consumed_tokens["supervised"] += int(totals["supervised_tokens"])
@@ -168,16 +174,16 @@ def part_rates(session: Session) -> dict[str, float]:
     return {"lr": base or 0.0, **own}
 
 
-def _sum_over_ranks(session: Session, rates: dict[str, float], wait: float) -> dict[str, float]:
-    """Counts of the global batch, known to every rank alike.
+def _summed(step_counts: StepCounts, rates: dict[str, float] | None = None, wait: float = 0.0) -> dict[str, float]:
+    """Counts of all ranks, ``rates``, and what counting ranks waited for data on average, known to every rank alike.
 
     Rows are counted once a data-parallel rank, on the first stage and first tensor-parallel rank; replaced images on
     every rank that decodes: the others count none. Rank 0 always has parameters that learn or an optimizer group, so
-    the rate is its.
+    the rates are its.
     """
     from megatron.core import parallel_state
 
-    counts = session.counts.take()
+    rates, counts = rates or {}, step_counts.take()
     counting = (
         parallel_state.get_pipeline_model_parallel_rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
     )
@@ -209,6 +215,42 @@ def _step_hook(original: Callable, session: Session) -> Callable:
         return original(forward_step_func, data_iterator, model, *args, **kwargs)
 
     return train_step
+
+
+def _evaluate_hook(original: Callable, session: Session) -> Callable:
+    """``evaluate``, and its loss in metrics.jsonl; the evaluation at the end of a run is not made twice."""
+
+    def evaluate(forward_step_func, data_iterator, model, *args, **kwargs):
+        iteration = session.iteration
+        if session.evaluated is not None and session.evaluated[0] == iteration:
+            return session.evaluated[1]
+        started = time.perf_counter()
+        session.stall.alive()
+        result = original(forward_step_func, data_iterator, model, *args, **kwargs)
+        losses, _, out_of_time = result
+        if out_of_time:
+            return result
+        session.evaluated = (iteration, result)
+        counts = _summed(session.validation_counts)
+        if session.metrics is not None and iteration is not None:
+            session.metrics.write(
+                {
+                    "iteration": iteration,
+                    "eval_loss": losses[LOSS_NAME].item(),
+                    "eval_samples": int(counts["samples"]),
+                    "eval_supervised_tokens": int(counts["supervised_tokens"]),
+                    "eval_images": int(counts["images"]),
+                    "eval_substituted_images": int(counts["substituted_images"]),
+                    "eval_seconds": round(time.perf_counter() - started, 6),
+                }
+            )
+        if session.pictures is not None and iteration is not None:
+            session.pictures.write(model[0], iteration, get_tensorboard_writer())
+        session.stall.alive()
+        session.clock.lap()
+        return result
+
+    return evaluate
 
 
 def _save_hook(original: Callable, session: Session) -> Callable:
@@ -374,6 +416,12 @@ HOOKS = (
         _optimizer_hook,
         "always",
         "the engine has no flag for a part's learning rate, and does not decay image_newline as the original does",
+    ),
+    Hook(
+        "megatron.training.training:evaluate",
+        _evaluate_hook,
+        "always",
+        "eval_loss in metrics.jsonl, the model's words about held-out pictures, no second pass at the end",
     ),
     Hook(
         "megatron.training.training:save_checkpoint",

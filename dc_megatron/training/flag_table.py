@@ -21,12 +21,13 @@ AVAILABLE = "available"
 NOT_YET = "not available yet"
 NO_MEANING = "no meaning here"
 
-MODEL, DATA, TRAINING, OPTIMIZER, OUTPUT, PARALLEL, OTHER = (
+MODEL, DATA, TRAINING, OPTIMIZER, OUTPUT, VALIDATION, PARALLEL, OTHER = (
     "Model",
     "Data",
     "What is trained, and for how long",
     "Optimizer",
     "Output",
+    "Validation during training",
     "Parallelism (Megatron's names)",
     "LLaVA's flags that do nothing here or cannot be used yet",
 )
@@ -359,7 +360,60 @@ _OUTPUT = (
     Flag(
         "logging_dir", str, "", "TensorBoard folder (default: OUTPUT/tensorboard)", OUTPUT, engine="--tensorboard-dir"
     ),
-    Flag("log-images", int, 4, "pictures in TensorBoard with the model's words, at every checkpoint", OUTPUT),
+    Flag(
+        "log-images",
+        int,
+        4,
+        "pictures in TensorBoard with the model's words, at every checkpoint and evaluation",
+        OUTPUT,
+    ),
+)
+
+_EPOCH = {"epoch": "not available yet; use steps with --eval_steps, or no"}
+_VALIDATION = (
+    Flag(
+        "eval_data_path",
+        str,
+        (),
+        "held-out LLaVA-format files; their mean loss is taken every --eval_steps steps, and at the end",
+        VALIDATION,
+        many=True,
+    ),
+    Flag(
+        "eval_image_folder",
+        str,
+        (),
+        "where the names of their pictures start (default: as --image_folder)",
+        VALIDATION,
+        many=True,
+    ),
+    Flag(
+        "evaluation_strategy",
+        str,
+        None,
+        "no: never (default: steps, where --eval_data_path is given)",
+        VALIDATION,
+        choices=("steps", "no", "epoch"),
+        refused=_EPOCH,
+    ),
+    Flag(
+        "eval_strategy",
+        str,
+        None,
+        "the newer name of --evaluation_strategy",
+        VALIDATION,
+        choices=("steps", "no", "epoch"),
+        refused=_EPOCH,
+    ),
+    Flag("eval_steps", int, 500, "steps between evaluations", VALIDATION, engine="--eval-interval"),
+    Flag(
+        "eval-iters",
+        int,
+        None,
+        "at most so many global batches of the validation rows, the first ones (default: all; 0: no evaluation)",
+        VALIDATION,
+        engine="--eval-iters",
+    ),
 )
 
 _PARALLEL = (
@@ -412,9 +466,7 @@ _PARALLEL = (
 
 _OTHER = (
     _no_meaning("deepspeed", "Megatron's engine trains here; --use-distributed-optimizer shards what ZeRO-1 does"),
-    _no_meaning("evaluation_strategy", "there is no evaluation during training; use tools/score.py"),
-    _no_meaning("eval_strategy", "there is no evaluation during training; use tools/score.py"),
-    _no_meaning("per_device_eval_batch_size", "there is no evaluation during training; use tools/score.py", int),
+    _no_meaning("per_device_eval_batch_size", "validation rows go in batches of the training's size", int),
     _no_meaning("lazy_preprocess", "samples are always prepared as they are needed", bool),
     _no_meaning("tf32", "PyTorch's own setting holds for float32 products", bool),
     _no_meaning("save_total_limit", "every checkpoint is kept", int),
@@ -443,7 +495,17 @@ _OTHER = (
     ),
 )
 
-FLAGS: tuple[Flag, ...] = (*_MODEL, *_DATA, *_TRAINING, *_LORA, *_OPTIMIZER, *_OUTPUT, *_PARALLEL, *_OTHER)
+FLAGS: tuple[Flag, ...] = (
+    *_MODEL,
+    *_DATA,
+    *_TRAINING,
+    *_LORA,
+    *_OPTIMIZER,
+    *_OUTPUT,
+    *_VALIDATION,
+    *_PARALLEL,
+    *_OTHER,
+)
 
 
 def flags_by_key() -> dict[str, Flag]:

@@ -10,7 +10,7 @@ from megatron.core.utils import StragglerDetector, get_model_config
 from torch import Tensor
 
 from dc_megatron.model.loss_head import IGNORED
-from dc_megatron.training.fp8_band import Fp8Band
+from dc_megatron.training.fp8_band import Fp8Band, casts_untouched, without_fp8
 
 LOSS_NAME = "lm loss"
 
@@ -40,6 +40,7 @@ def make_forward_step(
     loss_reduction: str = "token",
     on_batch: Callable[[dict], None] | None = None,
     band: Fp8Band | None = None,
+    on_validation_batch: Callable[[dict], None] | None = None,
 ) -> Callable:
     """``forward_step(data_iterator, model)`` for megatron-core's schedules.
 
@@ -47,6 +48,10 @@ def make_forward_step(
     the supervised tokens of the whole global batch. "microbatch" takes the mean of each micro-batch, as the original.
     ``on_batch`` is told the counts of every micro-batch on the ranks that see its pixels: the first pipeline stage.
     ``band`` compares FP8 with bf16 now and then.
+
+    A model in evaluation mode is asked about validation rows: ``on_validation_batch`` is told their counts, the loss is
+    the mean over tokens whatever ``loss_reduction``, and layers in FP8 compute in bf16, so that what training keeps
+    between its steps (scales, casts) is left alone.
     """
     # Does nothing without --log-straggler, and where there is no CUDA.
     stragglers = StragglerDetector()
@@ -55,9 +60,14 @@ def make_forward_step(
     def forward_step(data_iterator: Iterator[dict], model) -> tuple[Tensor, Callable]:
         with stragglers(bdata=True):
             batch = next(data_iterator)
-        if on_batch is not None and batch["pixel_values"] is not None:
-            on_batch(batch["counts"])
+        validates = not model.training
+        told = on_validation_batch if validates else on_batch
+        if told is not None and batch["pixel_values"] is not None:
+            told(batch["counts"])
         batch = to_device(with_places(batch), device)
+        if validates:
+            with without_fp8(get_model_config(model)), casts_untouched(model):
+                return model(batch), _token_loss
         in_bf16 = band.loss_in_bf16(model, get_model_config(model), batch) if band is not None else None
         with stragglers:
             losses = model(batch)

@@ -29,7 +29,7 @@ def without_fp8(config) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _casts_untouched(model) -> Iterator[None]:
+def casts_untouched(model) -> Iterator[None]:
     """Layers that cast their weight in the first pass of a step wait for the pass after this one.
 
     Each takes whatever pass comes first for it. A pass in bf16 casts nothing, and the real one would go on with the
@@ -79,7 +79,7 @@ class Fp8Band:
         self._count += 1
         if place or (self._first + step) % self._interval:
             return None
-        with torch.no_grad(), without_fp8(config), _casts_untouched(model):
+        with torch.no_grad(), without_fp8(config), casts_untouched(model):
             losses = model(batch)
             return losses.mean() if losses.numel() else None
 

@@ -44,6 +44,8 @@ class Checked:
     tiling: ImageTiling
     sources: tuple[DataSource, ...]
     start: Start
+    # Held-out records; none where nothing is evaluated during training.
+    validation_sources: tuple[DataSource, ...] = ()
 
     @property
     def settings(self) -> RunSettings:
@@ -86,7 +88,8 @@ def check(argv: list[str], world_size: int) -> Checked:
     )
     # One row stands for the data set, whose size is not known yet: unpacked batches do not depend on it.
     plan = plan_steps(settings, 1, world_size)
-    sources = _sources(settings)
+    sources = _sources(settings.data_path, settings.image_folder, ("--data_path", "--image_folder"))
+    held_out = _validation_sources(settings)
     projector = settings.pretrain_mm_mlp_adapter
     if projector and not os.path.exists(projector):
         raise UserError(f"--pretrain_mm_mlp_adapter {projector}: no such file")
@@ -97,7 +100,7 @@ def check(argv: list[str], world_size: int) -> Checked:
     if start.loads:
         refuse_other_adapters(start.folder, lora_of(settings), settings.lora_weight_path, start.resumes)
     refuse_another_model(start, language, vision, connector, tiling, bool(projector))
-    return Checked(translation, language, vision, connector, tiling, sources, start)
+    return Checked(translation, language, vision, connector, tiling, sources, start, held_out)
 
 
 def _tiling(settings: RunSettings, vision: VisionConfig, connector: ConnectorConfig) -> ImageTiling:
@@ -119,12 +122,30 @@ def _tiling(settings: RunSettings, vision: VisionConfig, connector: ConnectorCon
     return tiling
 
 
-def _sources(settings: RunSettings) -> tuple[DataSource, ...]:
-    """The data sources, whose files and folders are there (tar shards and addresses are opened with the data)."""
-    sources = read_sources(settings.data_path, settings.image_folder)
+def _validation_sources(settings: RunSettings) -> tuple[DataSource, ...]:
+    if not settings.eval_data_path or settings.eval_iters == 0:
+        return ()
+    folders = settings.eval_image_folder or settings.image_folder[:1]
+    if not settings.eval_image_folder and len(set(settings.image_folder)) > 1:
+        raise UserError("--eval_data_path: --image_folder names several folders; say which: --eval_image_folder DIR")
+    sources = _sources(settings.eval_data_path, folders, ("--eval_data_path", "--eval_image_folder"))
+    for source in sources:
+        if source.weight != 1:
+            raise UserError(
+                f"--eval_data_path {source.data_path}:{source.weight:g}: every record counts once; no weight"
+            )
+    return sources
+
+
+def _sources(paths: tuple[str, ...], folders: tuple[str, ...], flags: tuple[str, str]) -> tuple[DataSource, ...]:
+    """The data sources, whose files and folders are there (tar shards and addresses are opened with the data).
+
+    flags: that ``paths`` and ``folders`` are the words of.
+    """
+    sources = read_sources(paths, folders, flags)
     for source in sources:
         if not os.path.isfile(source.data_path):
-            raise UserError(f"--data_path {source.data_path}: no such file")
+            raise UserError(f"{flags[0]} {source.data_path}: no such file")
         if not source.image_folder.endswith(".tar") and "://" not in source.image_folder:
             open_store(source.image_folder)
     return sources
@@ -152,4 +173,5 @@ def resolved(checked: Checked, engine_words: list[str]) -> dict:
         "connector": asdict(checked.connector),
         "tiling": asdict(checked.tiling),
         "sources": [asdict(source) for source in checked.sources],
+        "validation_sources": [asdict(source) for source in checked.validation_sources],
     }

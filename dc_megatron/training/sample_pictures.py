@@ -1,4 +1,4 @@
-"""A few training pictures with the model's own words, for TensorBoard."""
+"""A few held-out pictures (of training where there are none) with the model's own words, for TensorBoard."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _MOST_SEARCHED = 10_000  # samples; a data set that begins with so much text has
 
 
 class SamplePictures:
-    """The first ``count`` samples with exactly one picture; ``write`` asks the model about them as it stands.
+    """The first ``count`` samples with exactly one picture; ``write`` asks the model about them as it stands, once an
+    iteration.
 
     The prompt is the sample's own, up to its first target. ``folder``: of the index.
     """
@@ -36,11 +37,13 @@ class SamplePictures:
         self._tokenizer = load_tokenizer(checked.settings.model_name_or_path, checked.settings.version)
         self._samples = _with_one_picture(index, count)
         self._stores = open_stores(config.sources, cache=folder)
+        self._written: int | None = None
 
     def write(self, model, iteration: int, writer) -> None:
         """Every rank calls it with its (single) model chunk; the rank that has a ``writer`` writes."""
-        if not self._samples:
+        if not self._samples or iteration == self._written:
             return
+        self._written = iteration
         prompts = [self._prompt(sample) for sample in self._samples]
         pictures = [sample.images[0] for sample in self._samples]
         model.eval()
@@ -48,14 +51,14 @@ class SamplePictures:
             runner = Runner(self._resolved(), model)
             # Rows of a prompt's length are no multiple of what FP8 takes.
             with without_fp8(get_model_config(model)):
-                answers = continue_prompts(
+                answered = continue_prompts(
                     runner, self._tokenizer, prompts, pictures, self._stores, _NEW_TOKENS, self._config.image_backend
                 )
         finally:
             model.train()
         if writer is None:
             return
-        for number, (sample, words) in enumerate(zip(self._samples, answers, strict=True)):
+        for number, (sample, words) in enumerate(zip(self._samples, answered.texts, strict=True)):
             expected = self._tokenizer.decode(sample.labels[sample.labels != IGNORE])
             writer.add_image(
                 f"samples/{number}",

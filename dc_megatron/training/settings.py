@@ -83,6 +83,13 @@ class RunSettings:
     report_to: str
     logging_dir: str
     log_images: int
+    # Words of the two flags, as those of --data_path and --image_folder.
+    eval_data_path: tuple[str, ...]
+    eval_image_folder: tuple[str, ...]
+    evaluation_strategy: str | None
+    eval_strategy: str | None
+    eval_steps: int
+    eval_iters: int | None
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
     pipeline_split: str

@@ -14,11 +14,12 @@ OURS = (
     *("trainable", "packing", "data-order", "image-backend", "max-bad-sample-rate", "index-folder"),
     *("loss-reduction", "log-images", "verify-checkpoint", "fp8-check-interval"),
     *("recompute", "pipeline-split", "vision-tower-stages", "vision_tower_lr"),
+    *("eval_data_path", "eval_image_folder"),
 )
 # Flags that keep the meaning they have in Megatron, under Megatron's name.
 MEGATRONS = (
     *("seq-length", "global-batch-size", "micro-batch-size", "min-lr", "load"),
-    *("fp8-format", "fp8-recipe"),
+    *("fp8-format", "fp8-recipe", "eval-iters"),
     *("tensor-model-parallel-size", "pipeline-model-parallel-size", "sequence-parallel"),
 )
 

@@ -21,10 +21,19 @@ def answers(source: Source, questions: list[tuple[str, tuple[str, ...]]], new_to
         sizes = [read_header(store, image) for image in images]
         pictures = [make_picture(tiling, i, size.width, size.height) for i, size in zip(images, sizes, strict=True)]
         asked.append(Question(text, tuple(pictures)))
-    return answer(session, tokenizer, asked, [store], new_tokens, "pil")
+    return answer(session, tokenizer, asked, [store], new_tokens, "pil").texts
 
 
 def scores(source: Source, data_path: str, image_folder: str) -> tuple[list[dict], dict]:
     return score_file(
         source, data_path, image_folder, model_max_length=128, max_bad_sample_rate=0.5, image_backend="pil", rows=3
     )
+
+
+def answers_by_whole_passes(source: Source, questions: list[tuple[str, tuple[str, ...]]], new_tokens: int) -> list[str]:
+    """As ``answers``, with no keys and values kept."""
+    kept, Session.keeps_keys = Session.keeps_keys, False
+    try:
+        return answers(source, questions, new_tokens)
+    finally:
+        Session.keeps_keys = kept

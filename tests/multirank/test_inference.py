@@ -80,13 +80,16 @@ def test_answers_equal_the_reference(workers, setting, layout):
     questions = [
         ("What is in the picture?", (pictures[0],)),
         ("Who are you?", ()),
+        # As long as the first: they go on together.
+        ("What is in the picture?", (pictures[2],)),
         ("<image>\nor <image> which?", (pictures[1], pictures[2])),
     ]
     tensor, pipeline, world = LAYOUTS[layout]
     source = replace(source, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     expected = [reference_answer(workspace, model, source, *question) for question in questions]
-    for given in workers.run("tests.multirank.inference_worker:answers", world, source, questions, NEW_TOKENS):
-        assert given == expected
+    for worker in ("answers", "answers_by_whole_passes"):
+        for given in workers.run(f"tests.multirank.inference_worker:{worker}", world, source, questions, NEW_TOKENS):
+            assert given == expected
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -24,6 +24,7 @@ RECIPES = ("examples/pretrain_dc.sh", "examples/finetune_dc.sh")
 FOREIGN = {
     *("--help", "--help-megatron", "--nproc-per-node", "--parent", "--check"),
     *("--all", "--gpu"),  # tests/run.sh, tools/setup_env.sh
+    *("--num_processes", "--model", "--model_args", "--tasks", "--output_path"),  # lmms-eval
 }
 
 

@@ -169,3 +169,17 @@ def test_a_row_in_sixteen_bits_is_the_row_in_thirty_two():
     half = KERNELS["sdpa"](*(x.bfloat16() for x in inputs), bounds, 5, 0.25, 0.0)
     assert half.dtype == torch.bfloat16
     assert (half.float() - whole).abs().max() <= 2**-5
+
+
+def test_one_position_attends_to_all_that_is_kept():
+    """What a cache asks for: the newest query against the keys up to it is the last row of all of them."""
+    torch.manual_seed(0)
+    core = attention.TorchCoreAttention.__new__(attention.TorchCoreAttention)
+    torch.nn.Module.__init__(core)
+    core.dropout, core.softmax_scale = 0.0, SIZE**-0.5
+    core.eval()
+    query, key, value = (torch.randn(7, 2, heads, SIZE) for heads in (HEADS, 2, 2))
+    whole = core(query, key, value, None)
+    assert torch.allclose(core(query[-1:], key, value, None), whole[-1:], atol=1e-6)
+    with pytest.raises(AssertionError, match="3 positions of 7"):
+        core(query[:3], key, value, None)

@@ -13,9 +13,10 @@ def hooks(workers) -> dict[str, dict]:
     return {row["target"].split(":")[1]: row for row in rows}
 
 
-def test_exactly_six_functions_are_wrapped_each_with_a_reason(hooks):
+def test_exactly_seven_functions_are_wrapped_each_with_a_reason(hooks):
     assert sorted(row["target"] for row in hooks.values()) == [
         "megatron.training.checkpointing:_load_base_checkpoint",
+        "megatron.training.training:evaluate",
         "megatron.training.training:get_megatron_optimizer",
         "megatron.training.training:save_checkpoint",
         "megatron.training.training:train_step",
@@ -55,6 +56,14 @@ def test_the_optimizer_takes_and_gets_what_the_hook_reads(hooks):
     (positional,), (keywords,) = row["positional"], row["keywords"]
     assert positional == ["config", "model"]
     assert "config_overrides" in keywords
+
+
+def test_evaluate_takes_and_gets_what_the_hook_reads(hooks):
+    row = hooks["evaluate"]
+    assert row["parameters"][:3] == row["wrapped"][:3] == ["forward_step_func", "data_iterator", "model"]
+    (positional,) = row["positional"]
+    assert positional[:3] == ["forward_step_func", "iterator", "model"]
+    assert not set(row["keywords"][0]) & set(row["wrapped"])
 
 
 def test_save_checkpoint_takes_and_gets_what_the_hook_reads(hooks):

@@ -27,10 +27,11 @@ global_batch_size micro_batch_size loss_reduction gradient_checkpointing recompu
 fp8_format fp8_recipe fp8_check_interval learning_rate mm_projector_lr vision_tower_lr min_lr
 lr_scheduler_type warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm output_dir
 load verify_checkpoint save_steps save_strategy logging_steps report_to logging_dir log_images
+eval_data_path eval_image_folder evaluation_strategy eval_strategy eval_steps eval_iters
 tensor_model_parallel_size pipeline_model_parallel_size pipeline_split vision_tower_stages sequence_parallel
 """)
 EXPLAINED_NAMES = shlex.split("""
-deepspeed evaluation_strategy eval_strategy per_device_eval_batch_size lazy_preprocess tf32
+deepspeed per_device_eval_batch_size lazy_preprocess tf32
 save_total_limit is_multimodal remove_unused_columns cache_dir run_name attn_implementation local_rank
 overwrite_output_dir double_quant quant_type
 """)
@@ -69,6 +70,8 @@ COLLISIONS = {
     "clip_grad": "as it is",
     "load": "as it is",
     "log_interval": "as it is",
+    "eval_interval": "computed",
+    "eval_iters": "computed",
     "tensor_model_parallel_size": "as it is",
     "pipeline_model_parallel_size": "as it is",
     "sequence_parallel": "as it is",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,10 +11,22 @@ from dc_megatron.runtime import device
 from dc_megatron.training.forward_step import LOSS_NAME, make_forward_step
 
 
-def run(loss_reduction: str, batches: list[list[float]], pixels=()) -> tuple[list, list]:
+class Model(torch.nn.Module):
+    """Says the losses that lie in the batch."""
+
+    config = SimpleNamespace(fp8="hybrid")
+
+    def forward(self, batch):
+        assert (self.config.fp8 is None) is not self.training, "FP8 in training alone"
+        return batch["losses"]
+
+
+def run(loss_reduction: str, batches: list[list[float]], pixels=(), training: bool = True) -> tuple[list, list]:
     """(what the loss functions return, counts that were told) for micro-batches with these losses."""
-    told = []
-    forward_step = make_forward_step(torch.device("cpu"), loss_reduction, told.append)
+    told, told_of_validation = [], []
+    forward_step = make_forward_step(
+        torch.device("cpu"), loss_reduction, told.append, on_validation_batch=told_of_validation.append
+    )
     iterator = iter(
         {
             "losses": torch.tensor(losses),
@@ -25,9 +39,10 @@ def run(loss_reduction: str, batches: list[list[float]], pixels=()) -> tuple[lis
     )
     results = []
     for _ in batches:
-        output, loss_function = forward_step(iterator, lambda batch: batch["losses"])
+        output, loss_function = forward_step(iterator, Model().train(training))
         results.append(loss_function(output))
-    return results, told
+    assert not (told_of_validation if training else told), "counted in the wrong place"
+    return results, told if training else told_of_validation
 
 
 def reported(results: list) -> float:
@@ -52,6 +67,15 @@ def test_microbatch_reduction_reports_the_mean_of_means():
 def test_a_micro_batch_without_targets_has_a_finite_loss(loss_reduction):
     results, _ = run(loss_reduction, [[]])
     assert float(results[0][0]) == 0.0
+
+
+@pytest.mark.parametrize("loss_reduction", ["token", "microbatch"])
+def test_validation_is_the_mean_over_all_targets(loss_reduction):
+    """Also where training takes the mean of means, and where the last batch is filled up with empty rows."""
+    results, told = run(loss_reduction, [[1.0, 2.0, 3.0], [6.0], []], training=False)
+    assert reported(results) == 3.0
+    assert told == [{"images": 3}, {"images": 1}, {"images": 0}]
+    assert Model.config.fp8 == "hybrid"
 
 
 def test_only_ranks_that_see_pixels_count():

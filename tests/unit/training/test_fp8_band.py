@@ -72,6 +72,8 @@ def test_fp8_is_on_again_after_an_exception():
 class Model:
     """Losses of 2 in bf16, and in FP8 what it is told; keeps how each pass went."""
 
+    training = True
+
     def __init__(self, in_fp8: float = 2.0, targets: int = 3):
         self.config = SimpleNamespace(fp8="hybrid")
         self.in_fp8, self.targets, self.passes = in_fp8, targets, []
