@@ -24,6 +24,7 @@ from dc_megatron.config.data import PACKINGS, DataConfig, DataSource
 from dc_megatron.config.json_files import part_of_config, read_json_file, refuse_quantised
 from dc_megatron.config.language import LanguageConfig
 from dc_megatron.config.parallel import check_parallel_layout, padded_vocab_size
+from dc_megatron.config.presets import LANGUAGE_PRESETS, VISION_PRESETS, Preset, language_shape, vision_shape
 from dc_megatron.config.tiling import (
     MERGE_TYPES,
     ImageTiling,
@@ -40,11 +41,13 @@ from dc_megatron.config.vision import VisionConfig
 __all__ = [
     "CONNECTOR_TYPES",
     "IMAGE_ASPECT_RATIOS",
+    "LANGUAGE_PRESETS",
     "MERGE_TYPES",
     "PACKINGS",
     "PROJECTOR_TYPES",
     "STI_POOL",
     "TEMPLATES",
+    "VISION_PRESETS",
     "ConnectorConfig",
     "DataConfig",
     "DataSource",
@@ -52,6 +55,7 @@ __all__ = [
     "LanguageConfig",
     "LayerTable",
     "PictureTiles",
+    "Preset",
     "VisionConfig",
     "best_resolution",
     "check_parallel_layout",
@@ -60,6 +64,7 @@ __all__ = [
     "image_share",
     "image_tiling",
     "image_tokens",
+    "language_shape",
     "layer_table",
     "nearest",
     "one_of",
@@ -69,4 +74,5 @@ __all__ = [
     "read_pinpoints",
     "refuse_quantised",
     "tiling_of_flags",
+    "vision_shape",
 ]

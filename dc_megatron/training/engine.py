@@ -51,7 +51,7 @@ def train(checked: run.Checked) -> None:
     if rank == 0:
         _say_hello(checked, data, [*notes, *chosen.notes])
     patches.apply(training=True)
-    args = _parse(words, checked)
+    args = parse(words, checked)
     _pretrain(checked, args, data, words)
 
 
@@ -152,7 +152,7 @@ def _say_hello(checked: run.Checked, data: data_plan.Data, notes: list[str]) -> 
     )
 
 
-def _parse(words: list[str], checked: run.Checked):
+def parse(words: list[str], checked: run.Checked):
     """Megatron's arguments. It asserts what it does not like; the words of the assertion are what the user needs.
 
     The model's config, which the engine makes only later, has doubts of its own.

@@ -322,6 +322,14 @@ _OUTPUT = (
         "logging_dir", str, "", "TensorBoard folder (default: OUTPUT/tensorboard)", OUTPUT, engine="--tensorboard-dir"
     ),
     Flag("log-images", int, 4, "pictures in TensorBoard with the model's words, at every checkpoint", OUTPUT),
+    Flag(
+        "dry-run",
+        bool,
+        False,
+        "build every distinct rank of the job without memory, weights, data or GPU, check and count it, and stop;"
+        " a known model's name may stand where its folder is not there",
+        OUTPUT,
+    ),
 )
 
 _PARALLEL = (

@@ -13,15 +13,23 @@ from dc_megatron.config import (
     LanguageConfig,
     VisionConfig,
     check_parallel_layout,
+    language_shape,
     layer_table,
     tiling_of_flags,
+    vision_shape,
 )
 from dc_megatron.data.image_store import open_store
 from dc_megatron.data.sources import read_sources
 from dc_megatron.errors import UserError
 from dc_megatron.training.arguments import plan_steps
 from dc_megatron.training.argv import REQUIRED_FOR_TRAINING, Translation, translate
-from dc_megatron.training.resume import Start, choose_start, refuse_another_batch, refuse_another_model
+from dc_megatron.training.resume import (
+    Start,
+    choose_start,
+    refuse_another_batch,
+    refuse_another_model,
+    starts_from_nothing,
+)
 from dc_megatron.training.settings import RunSettings
 
 
@@ -54,8 +62,7 @@ def check(argv: list[str], world_size: int) -> Checked:
     """
     translation = translate(argv, required=REQUIRED_FOR_TRAINING)
     settings = translation.settings
-    language = LanguageConfig.from_folder(settings.model_name_or_path)
-    vision = VisionConfig.from_folder(settings.vision_tower)
+    language, vision = _shapes(settings)
     connector = ConnectorConfig(
         settings.mm_dense_connector_type, settings.mm_projector_type, settings.mm_vision_select_layer
     )
@@ -76,13 +83,20 @@ def check(argv: list[str], world_size: int) -> Checked:
     plan = plan_steps(settings, 1, world_size)
     sources = _sources(settings)
     projector = settings.pretrain_mm_mlp_adapter
-    if projector and not os.path.exists(projector):
+    if projector and not settings.dry_run and not os.path.exists(projector):
         raise UserError(f"--pretrain_mm_mlp_adapter {projector}: no such file")
-    start = choose_start(translation)
+    start = starts_from_nothing(translation) if settings.dry_run else choose_start(translation)
     if settings.packing == "none":
         refuse_another_batch(start, plan.global_batch_size)
     refuse_another_model(start, language, vision, connector, tiling, bool(projector))
     return Checked(translation, language, vision, connector, tiling, sources, start)
+
+
+def _shapes(settings: RunSettings) -> tuple[LanguageConfig, VisionConfig]:
+    """Of the folders; a dry run also takes the preset that is called as a folder that is not there."""
+    if settings.dry_run:
+        return language_shape(settings.model_name_or_path), vision_shape(settings.vision_tower)
+    return LanguageConfig.from_folder(settings.model_name_or_path), VisionConfig.from_folder(settings.vision_tower)
 
 
 def _tiling(settings: RunSettings, vision: VisionConfig, connector: ConnectorConfig) -> ImageTiling:
@@ -105,9 +119,12 @@ def _tiling(settings: RunSettings, vision: VisionConfig, connector: ConnectorCon
 
 
 def _sources(settings: RunSettings) -> tuple[DataSource, ...]:
-    """The data sources, whose files and folders are there (tar shards and addresses are opened with the data)."""
+    """The data sources, whose files and folders are there (tar shards and addresses are opened with the data).
+
+    A dry run looks at none of them; only a YAML file has to be there.
+    """
     sources = read_sources(settings.data_path, settings.image_folder)
-    for source in sources:
+    for source in () if settings.dry_run else sources:
         if not os.path.isfile(source.data_path):
             raise UserError(f"--data_path {source.data_path}: no such file")
         if not source.image_folder.endswith(".tar") and "://" not in source.image_folder:

@@ -74,6 +74,7 @@ class RunSettings:
     report_to: str
     logging_dir: str
     log_images: int
+    dry_run: bool
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
     pipeline_split: str

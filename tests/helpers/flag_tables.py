@@ -13,7 +13,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 OURS = (
     *("trainable", "packing", "data-order", "image-backend", "max-bad-sample-rate", "index-folder"),
     *("loss-reduction", "log-images", "verify-checkpoint", "fp8-check-interval"),
-    *("recompute", "pipeline-split"),
+    *("recompute", "pipeline-split", "dry-run"),
 )
 # Flags that keep the meaning they have in Megatron, under Megatron's name.
 MEGATRONS = (

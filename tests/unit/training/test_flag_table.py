@@ -24,7 +24,7 @@ tune_mm_mlp_adapter freeze_backbone num_train_epochs max_steps per_device_train_
 global_batch_size micro_batch_size loss_reduction gradient_checkpointing recompute bf16 fp16
 fp8_format fp8_recipe fp8_check_interval learning_rate min_lr
 lr_scheduler_type warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm output_dir
-load verify_checkpoint save_steps save_strategy logging_steps report_to logging_dir log_images
+load verify_checkpoint save_steps save_strategy logging_steps report_to logging_dir log_images dry_run
 tensor_model_parallel_size pipeline_model_parallel_size pipeline_split sequence_parallel
 """)
 EXPLAINED_NAMES = shlex.split("""

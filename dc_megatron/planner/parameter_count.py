@@ -1,0 +1,217 @@
+"""The parameters of any rank, tensor by tensor, in the order in which the engine's model holds them.
+
+Megatron (megatron-core 0.19.2) divides attention and MLP by tensor-parallel ranks and the padded vocabulary by its
+rows; norms, the tower, the connector and ``image_newline`` are whole on every rank that has them. The order matters:
+the optimizer's buffers are laid out by it (see ``gradient_buffers``). Transformer Engine's layers hold the same
+tensors, with the norms inside their linear layers and so in another place of the order.
+
+A dry run (``dc_megatron/training/dry_run.py``) builds the model and compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, layer_table, padded_vocab_size
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained, and how. newline: AnyRes trains an ``image_newline``.
+
+    lora_rank: above 0 the language model gets adapters of that rank on every linear layer but the head, and is frozen
+    itself; ``trainable`` is then ("connector",).
+    """
+
+    language: LanguageConfig
+    vision: VisionConfig
+    connector: ConnectorConfig
+    trainable: tuple[str, ...]
+    newline: bool = False
+    lora_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of a rank: Megatron's name without layer number, and how many numbers it has.
+
+    linear: a weight that FP8 casts. tied: an embedding that stands on the first and on the last stage.
+    """
+
+    name: str
+    elements: int
+    learns: bool
+    linear: bool = False
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How a decoder layer differs from Llama's: no gate in the MLP, biases, norms."""
+
+    gated: bool = True
+    qkv_bias: bool = False
+    other_bias: bool = False  # of the attention's output and of the MLP
+    norms: int = 2
+    norm_bias: bool = False
+    head_bias: bool = False
+    query_key_norms: bool = False
+
+
+# By model_type: transformers 5.17 modeling_phi.py (one norm in front of attention and MLP, which run side by side) and
+# modeling_qwen3.py (norms over the head size).
+_KINDS = {
+    "phi": LayerKind(gated=False, qkv_bias=True, other_bias=True, norms=1, norm_bias=True, head_bias=True),
+    "qwen3": LayerKind(query_key_norms=True),
+}
+
+
+def layer_kind(language: LanguageConfig) -> LayerKind:
+    """What the layers of ``language`` have."""
+    return _KINDS.get(language.model_type, LayerKind(qkv_bias=language.qkv_bias))
+
+
+def rank_parameters(model: Model, tensor: int, stages: tuple[tuple[int, ...], ...], stage: int) -> list[Parameter]:
+    """All parameters of a tensor-parallel rank of pipeline stage ``stage`` (from 0), chunk after chunk.
+
+    stages: decoder layers of each stage's chunks.
+    """
+    return [one for chunk in range(len(stages[stage])) for one in chunk_parameters(model, tensor, stages, stage, chunk)]
+
+
+@lru_cache(maxsize=4096)
+def chunk_parameters(
+    model: Model, tensor: int, stages: tuple[tuple[int, ...], ...], stage: int, chunk: int
+) -> tuple[Parameter, ...]:
+    """Those of one chunk of the stage: the first chunk of all has embedding, tower and connector, the last the head."""
+    first = stage == 0 and chunk == 0
+    last = stage == len(stages) - 1 and chunk == len(stages[stage]) - 1
+    layers = tuple(_layer(model, tensor)) * stages[stage][chunk]
+    front = tuple(_connector_side(model)) if first else ()
+    newline = (Parameter("image_newline", model.language.hidden_size, "connector" in model.trainable),)
+    return (
+        *(newline if first and model.newline else ()),
+        *(_embedding(model, tensor, whole=first and last) if first else ()),
+        *layers,
+        *(_head(model, tensor, whole=first and last) if last else ()),
+        *front,
+    )
+
+
+def total_parameters(model: Model) -> int:
+    """Of the whole model, padding of the vocabulary and tower layers that are not built left out."""
+    language = model.language
+    padding = (padded_vocab_size(language.vocab_size, 1) - language.vocab_size) * language.hidden_size
+    tables = 1 if language.tie_word_embeddings else 2
+    parameters = chunk_parameters(model, 1, ((language.num_hidden_layers,),), 0, 0)
+    return sum(one.elements for one in parameters) - tables * padding
+
+
+def learning_parameters(model: Model) -> int:
+    """Those that are trained, likewise of the whole model; rows of padding count, as they do for the optimizer."""
+    parameters = chunk_parameters(model, 1, ((model.language.num_hidden_layers,),), 0, 0)
+    return sum(one.elements for one in parameters if one.learns)
+
+
+def _embedding(model: Model, tensor: int, whole: bool) -> Iterator[Parameter]:
+    yield Parameter("embedding", _table(model, tensor), _learns(model), tied=_tied(model) and not whole)
+
+
+def _head(model: Model, tensor: int, whole: bool) -> Iterator[Parameter]:
+    language, learns = model.language, _learns(model)
+    yield from _norm("final_layernorm", language.hidden_size, layer_kind(language), learns)
+    if not (_tied(model) and whole):
+        yield Parameter("output_layer", _table(model, tensor), learns, tied=_tied(model))
+    if layer_kind(language).head_bias:
+        yield Parameter("output_layer.bias", _table(model, tensor) // language.hidden_size, learns)
+
+
+def _learns(model: Model) -> bool:
+    return "llm" in model.trainable and not model.lora_rank
+
+
+def _tied(model: Model) -> bool:
+    return model.language.tie_word_embeddings
+
+
+def _table(model: Model, tensor: int) -> int:
+    language = model.language
+    return padded_vocab_size(language.vocab_size, tensor) // tensor * language.hidden_size
+
+
+def _norm(name: str, width: int, kind: LayerKind, learns: bool) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", width, learns)
+    if kind.norm_bias:
+        yield Parameter(f"{name}.bias", width, learns)
+
+
+def _layer(model: Model, tensor: int) -> Iterator[Parameter]:
+    language, kind, learns = model.language, layer_kind(model.language), _learns(model)
+    hidden, inner = language.hidden_size, language.intermediate_size // tensor
+    queries, keys = (
+        heads * language.head_dim // tensor for heads in (language.num_attention_heads, language.num_key_value_heads)
+    )
+    gates = 2 if kind.gated else 1
+    yield from _norm("input_layernorm", hidden, kind, learns)
+    yield from _linear(model, "linear_proj", hidden, queries, kind.other_bias)
+    yield from _adapters(model, [], [(queries, hidden)])
+    yield from _linear(model, "linear_qkv", queries + 2 * keys, hidden, kind.qkv_bias)
+    yield from _adapters(model, [queries, keys, keys], [])
+    if kind.query_key_norms:
+        yield Parameter("q_layernorm.weight", language.head_dim, learns)
+        yield Parameter("k_layernorm.weight", language.head_dim, learns)
+    if kind.norms == 2:
+        yield from _norm("pre_mlp_layernorm", hidden, kind, learns)
+    yield from _linear(model, "linear_fc1", gates * inner, hidden, kind.other_bias)
+    yield from _adapters(model, [inner] * gates, [])
+    yield from _linear(model, "linear_fc2", hidden, inner, kind.other_bias)
+    yield from _adapters(model, [], [(inner, hidden)])
+
+
+def _linear(model: Model, name: str, rows: int, columns: int, bias: bool) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", rows * columns, _learns(model), linear=True)
+    if bias:
+        yield Parameter(f"{name}.bias", rows, _learns(model))
+
+
+def _adapters(model: Model, divided_rows: list[int], divided_columns: list[tuple[int, int]]) -> Iterator[Parameter]:
+    """A [rank, in] and B [out, rank] of each Hugging Face linear behind one of Megatron's.
+
+    divided_rows: a rank's outputs of linears whose rows are divided (A is whole, B divided). divided_columns: a rank's
+    inputs, and outputs, of those whose columns are (A divided, B whole).
+    """
+    rank = model.lora_rank
+    if not rank:
+        return
+    for rows in divided_rows:
+        yield Parameter("lora_A", rank * model.language.hidden_size, True)
+        yield Parameter("lora_B", rank * rows, True)
+    for columns, rows in divided_columns:
+        yield Parameter("lora_A", rank * columns, True)
+        yield Parameter("lora_B", rank * rows, True)
+
+
+def _connector_side(model: Model) -> Iterator[Parameter]:
+    yield Parameter("vision_tower", tower_parameters(model.vision, model.connector), False)
+    width, learns = model.language.hidden_size, "connector" in model.trainable
+    for name, elements in (
+        ("connector.mlp.0.weight", model.connector.input_size(model.vision) * width),
+        ("connector.mlp.0.bias", width),
+        ("connector.mlp.2.weight", width**2),
+        ("connector.mlp.2.bias", width),
+    ):
+        yield Parameter(name, elements, learns)
+
+
+def tower_parameters(vision: VisionConfig, connector: ConnectorConfig) -> int:
+    """Of the layers that are built (transformers 5.17 CLIPVisionModel, SiglipVisionModel without its pooling head)."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    linears = 4 * (width + 1) * width + (width + 1) * inner + (inner + 1) * width
+    layer = linears + 4 * width  # two norms
+    patches = 3 * vision.patch_size**2 * width
+    positions = (vision.num_patches + vision.num_prefix_tokens) * width
+    # CLIP: class token, norm in front. SigLIP: bias of the patches. Both: norm behind, which is built and not used.
+    others = 3 * width if vision.family == "clip" else width
+    return patches + positions + others + 2 * width + layer_table(vision, connector).deepest * layer
