@@ -24,7 +24,14 @@ from dc_megatron.config.data import PACKINGS, DataConfig, DataSource
 from dc_megatron.config.json_files import part_of_config, read_json_file, refuse_quantised
 from dc_megatron.config.language import LanguageConfig
 from dc_megatron.config.parallel import check_parallel_layout, padded_vocab_size
-from dc_megatron.config.presets import LANGUAGE_PRESETS, VISION_PRESETS, Preset, language_shape, vision_shape
+from dc_megatron.config.presets import (
+    LANGUAGE_PRESETS,
+    VISION_PRESETS,
+    Preset,
+    language_preset,
+    language_shape,
+    vision_shape,
+)
 from dc_megatron.config.tiling import (
     MERGE_TYPES,
     ImageTiling,
@@ -64,6 +71,7 @@ __all__ = [
     "image_share",
     "image_tiling",
     "image_tokens",
+    "language_preset",
     "language_shape",
     "layer_table",
     "nearest",

@@ -25,6 +25,8 @@ class Preset:
     config: dict
     source: str
     folders: tuple[str, ...] = ()
+    # The conversation template of stage 2.
+    template: str = ""
 
     def names(self, name: str) -> set[str]:
         return {name, self.source.split("/")[-1].lower(), *self.folders}
@@ -79,28 +81,33 @@ LANGUAGE_PRESETS = {
         },
         "microsoft/phi-2",
         ("phi2",),
+        "phi",
     ),
-    "vicuna-7b": Preset(_llama(4096, 11008, 32, 32, 32, 32000), "lmsys/vicuna-7b-v1.5"),
-    "vicuna-13b": Preset(_llama(5120, 13824, 40, 40, 40, 32000), "lmsys/vicuna-13b-v1.5"),
+    "vicuna-7b": Preset(_llama(4096, 11008, 32, 32, 32, 32000), "lmsys/vicuna-7b-v1.5", template="v1"),
+    "vicuna-13b": Preset(_llama(5120, 13824, 40, 40, 40, 32000), "lmsys/vicuna-13b-v1.5", template="v1"),
     "llama3-8b": Preset(
         _llama(4096, 14336, 32, 32, 8, 128256, **_LLAMA_3),
         "meta-llama/Meta-Llama-3-8B-Instruct",
         ("llama-3-8b", "meta-llama-3-8b", "llama-3-8b-instruct", "llama3-8b-instruct"),
+        "llama_3",
     ),
     "llama3-70b": Preset(
         _llama(8192, 28672, 80, 64, 8, 128256, **_LLAMA_3),
         "meta-llama/Meta-Llama-3-70B-Instruct",
         ("llama-3-70b", "meta-llama-3-70b", "llama-3-70b-instruct", "llama3-70b-instruct"),
+        "llama_3",
     ),
     "hermes-2-yi-34b": Preset(
         _llama(7168, 20480, 60, 56, 8, 64000, rope_theta=5000000.0),
         "NousResearch/Nous-Hermes-2-Yi-34B",
         ("yi-34b",),
+        "chatml_direct",
     ),
     "llama3.1-8b": Preset(
         _llama(4096, 14336, 32, 32, 8, 128256, **_LLAMA_3_1),
         "meta-llama/Llama-3.1-8B-Instruct",
         ("llama-3.1-8b", "meta-llama-3.1-8b-instruct"),
+        "llama_3_chat",
     ),
     "mistral-7b": Preset(
         _llama(4096, 14336, 32, 32, 8, 32000, rope_theta=1000000.0, max_position_embeddings=32768)
@@ -112,6 +119,7 @@ LANGUAGE_PRESETS = {
         | {"model_type": "qwen2", "rms_norm_eps": 1e-6, "use_sliding_window": False},
         "Qwen/Qwen2.5-7B-Instruct",
         ("qwen2.5-7b",),
+        "chatml_direct",
     ),
 }
 
@@ -143,6 +151,12 @@ VISION_PRESETS = {
         ("siglip-so400m",),
     ),
 }
+
+
+def language_preset(where: str) -> Preset | None:
+    """The preset of that name, or of the base name of the folder ``where``; None where there is none."""
+    base = os.path.basename(os.path.normpath(where)).lower()
+    return next((preset for name, preset in LANGUAGE_PRESETS.items() if base in preset.names(name)), None)
 
 
 def language_shape(where: str, flag: str = "--model_name_or_path") -> LanguageConfig:

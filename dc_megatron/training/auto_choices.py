@@ -150,6 +150,8 @@ def planned_run(
         tensor=settings.tensor_model_parallel_size,
         data=steps.data_parallel_size,
         sequence_parallel=settings.sequence_parallel,
+        newline=checked.tiling.has_newline,
+        bucketed="--overlap-grad-reduce" in typed,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dc_megatron.planner.memory import stage_memory
 from dc_megatron.training.dry_run import DryRun
 from dc_megatron.training.run import Checked
 
 
 def as_text(checked: Checked, done: DryRun, world_size: int) -> str:
     """One screen."""
-    settings, numbers = checked.settings, done.numbers
+    settings, numbers = checked.settings, done.run.numbers
     tensor, pipeline = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
     lines = [f"note: {note}" for note in done.notes]
     lines += [
@@ -28,10 +29,13 @@ def as_text(checked: Checked, done: DryRun, world_size: int) -> str:
             f" {one.trainable:<14,} " + "  ".join(f"{size / 1e9:7.2f} GB" for size in sizes)
         )
     language, tower = done.tensors
+    peaks = [stage_memory(done.run, stage, done.recompute).total for stage in range(len(done.run.stages))]
     lines += [
         "",
         f"weights table: {language} tensors of the language model and {tower} of the tower have their places",
         f"shapes: a micro-batch went forward and backward through every kind of stage; {done.seconds:.1f} s",
-        "The planner's numbers are the same. Nothing was read, trained or measured.",
+        "the planner counts the same parameters, buffers and optimizer states",
+        f"estimated peak of the fullest GPU: {max(peaks) / 1e9:.0f} GB, on stage {peaks.index(max(peaks))}"
+        " (python tools/plan.py --check RECIPE says what of)",
     ]
     return "\n".join(lines)

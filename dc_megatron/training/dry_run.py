@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dc_megatron.inference.assemble import build_model
-from dc_megatron.planner.assumed_data import MicroBatch, assumed_micro_batch, assumed_mix
+from dc_megatron.planner.assumed_data import MicroBatch
 from dc_megatron.planner.gradient_buffers import Sharding
-from dc_megatron.planner.memory import Numbers
-from dc_megatron.planner.parameter_count import Model
+from dc_megatron.planner.memory import Recompute, Run
 from dc_megatron.training import auto_choices, dry_checks, dry_rank, engine
-from dc_megatron.training.arguments import StepPlan, backend_argv, engine_argv, plan_steps, sharding_argv, typed_options
+from dc_megatron.training.arguments import StepPlan, backend_argv, engine_argv, sharding_argv, typed_options
+from dc_megatron.training.planned_job import assumed_steps, planned_model, planned_recompute, sharding
 from dc_megatron.training.run import Checked
 
 # Options that the engine refuses where Transformer Engine is not; none of them changes what is built.
@@ -38,11 +38,14 @@ _LEAVES_TRACES = (
 
 @dataclass(frozen=True)
 class DryRun:
-    """ranks: what was built. tensors: of the language model's folder, of the tower's. seconds: without imports."""
+    """run, recompute: the job in the planner's words. ranks: what was built. seconds: without imports.
+
+    tensors: of the language model's folder, of the tower's.
+    """
 
     steps: StepPlan
-    stages: tuple[tuple[int, ...], ...]
-    numbers: Numbers
+    run: Run
+    recompute: Recompute
     ranks: tuple[dry_rank.RankCount, ...]
     tensors: tuple[int, int]
     notes: tuple[str, ...]
@@ -67,57 +70,15 @@ def rehearse(checked: Checked, world_size: int) -> DryRun:
             args = engine.parse(words, checked)
         ranks, tensors = _build_ranks(checked, args, stages, sharding(typed, steps), batch)
     sharded = sharding_argv(checked.translation, steps.data_parallel_size, cuda=True)
-    original = typed_options([*sharded, *checked.translation.megatron_argv])
+    original = typed_options([*sharded, *chosen.applied(checked.start.words)])
     return DryRun(
         steps=steps,
-        stages=stages,
-        numbers=auto_choices.numbers(settings, original),
+        run=auto_choices.planned_run(checked, steps, batch, stages, original),
+        recompute=planned_recompute(original, stages),
         ranks=ranks,
         tensors=tensors,
         notes=(*checked.translation.notes, *checked.start.notes, *chosen.notes, *left_out, *steps.notes),
         seconds=time.perf_counter() - start,
-    )
-
-
-def assumed_steps(checked: Checked, world_size: int) -> tuple[StepPlan, MicroBatch]:
-    """Batches and steps for data like LLaVA-1.5's, and what a micro-batch of it holds."""
-    settings, tiling = checked.settings, checked.tiling
-    mix = assumed_mix(settings.trainable)
-    tokens = tiling.most_tokens
-    mean = min(mix.sample_positions(tokens), settings.model_max_length)
-    first = plan_steps(settings, 1, world_size, mean)
-    packed = settings.packing != "none"
-    positions = mix.samples * (mean if packed else first.seq_length) * settings.num_train_epochs
-    rows = max(1, round(positions / first.seq_length))
-    steps = plan_steps(settings, rows if settings.max_steps is None else None, world_size, mean)
-    tiles = max([1, *(tiling.of(*size).tiles for size in tiling.pinpoints)])
-    return steps, assumed_micro_batch(mix, tokens, tiles, steps.micro_batch_size, steps.seq_length, packed)
-
-
-def sharding(typed: dict[str, list[str]], steps: StepPlan) -> Sharding:
-    """How Megatron's options lay out gradients and optimizer."""
-
-    def number(option: str) -> int | None:
-        return int(typed[option][0]) if option in typed else None
-
-    return Sharding(
-        data=steps.data_parallel_size,
-        distributed="--use-distributed-optimizer" in typed,
-        bucketed="--overlap-grad-reduce" in typed,
-        bucket_size=number("--ddp-bucket-size"),
-        buckets=number("--ddp-num-buckets"),
-        fast_padding="--ddp-pad-buckets-for-high-nccl-busbw" in typed,
-    )
-
-
-def planned_model(checked: Checked) -> Model:
-    """The run's model in the planner's words."""
-    return Model(
-        checked.language,
-        checked.vision,
-        checked.connector,
-        checked.settings.trainable,
-        newline=checked.tiling.has_newline,
     )
 
 

@@ -26,13 +26,15 @@ OURS = (
 )
 
 
-def recipe_flags(recipe: Path, **environment: str) -> tuple[list[str], int]:
+def recipe_flags(recipe: Path, *flags: str, **environment: str) -> tuple[list[str], int]:
     """(the flags that a recipe gives, processes that it would start) with ``environment`` on a machine of 8 GPUs."""
     from dc_megatron.training.printed_argv import read_printed
 
     clean = {k: v for k, v in os.environ.items() if k not in OURS}
     clean |= {"DC_PRINT_ARGV": "1", "GPUS_PER_NODE": "8", **environment}
-    done = subprocess.run(["bash", str(recipe)], capture_output=True, text=True, cwd=ROOT, env=clean, timeout=60)
+    done = subprocess.run(
+        ["bash", str(recipe), *flags], capture_output=True, text=True, cwd=ROOT, env=clean, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return read_printed(done.stdout)
 

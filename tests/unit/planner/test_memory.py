@@ -79,10 +79,9 @@ def test_tensor_parallel_ranks_share_layers_and_with_sequence_parallel_the_norms
 @pytest.mark.parametrize("stage", [1, 2])
 def test_recomputing_keeps_less(stage):
     plain = run(stage)
-    kept = [
-        stage_memory(plain, 0, way).activations
-        for way in (Recompute(), Recompute("selective"), Recompute("full", 31), Recompute("full", 32))
-    ]
+    ways = (Recompute(), Recompute("selective"), Recompute("full", 31), Recompute("full", 32))
+    memories = [stage_memory(plain, 0, way) for way in ways]
+    kept = [memory.activations + memory.images for memory in memories]
     assert kept == sorted(kept, reverse=True)
     # Inputs of 32 layers, the final norm's, and what the connector keeps.
     layer_input = 8192 * 4096 * 2

@@ -7,11 +7,14 @@ import resource
 import shlex
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from dc_megatron.errors import UserError
+from dc_megatron.planner.request import Request, job_of, launch_of_request
+from dc_megatron.planner.search import search
 from dc_megatron.training.run import check
 from tests.helpers.dry_runs import OURS, ROOT, recipe_flags, run_all
 
@@ -100,6 +103,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
     flags = shlex.split(f"--model_name_or_path {tied} --vision_tower {CLIP} {_COMMON} {more}")
     cases = {name: (given or flags, processes) for name, (given, processes) in LAYOUTS.items()}
     cases |= {path.name: recipe_flags(path) for path in RECIPES}
+    cases["planned"] = _planned()
     return run_all(cases, folder)
 
 
@@ -114,13 +118,31 @@ def test_every_recipe_at_its_full_size(results, recipe):
     assert "have their places" in done["text"]
 
 
+def _planned() -> tuple[list[str], int]:
+    """The command that the planner gives for 70B on 64 GPUs."""
+    request = Request(model="llama3-70b", vision=SIGLIP, gpus=64)
+    job = job_of(request)
+    launch = launch_of_request(request, job, search(job)[0].plan)
+    return recipe_flags(ROOT / launch.recipe, *launch.flags, **dict(launch.environment))
+
+
+def test_the_planned_command_is_what_was_planned(results):
+    done = results["planned"]
+    assert "error" not in done, done["error"]
+    plan = search(job_of(Request(model="llama3-70b", vision=SIGLIP, gpus=64)))[0].plan
+    assert [tuple(chunks) for chunks in done["run"]["stages"]] == list(plan.run.stages)
+    assert (done["run"]["tensor"], done["run"]["data"]) == (plan.choice.tensor, plan.data)
+    assert done["run"]["numbers"] == asdict(plan.run.numbers)
+    assert done["run"]["micro_batches"] == plan.micro_batches
+
+
 # What is built is compared with the planner in the dry run itself: an AssertionError would be the result here.
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "wrong length"])
 def test_the_planner_counts_what_the_engine_builds(results, name):
     done = results[name]
     assert "error" not in done, done["error"]
     assert done["ranks"][0]["parameters"] > 0
-    assert {one["stage"] for one in done["ranks"]} >= {0, len(done["stages"]) - 1}
+    assert {one["stage"] for one in done["ranks"]} >= {0, len(done["run"]["stages"]) - 1}
 
 
 def test_the_first_and_the_last_rank_of_each_kind_of_stage_are_built(results):
