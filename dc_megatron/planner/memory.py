@@ -83,6 +83,8 @@ class Run:
     lora_rank: int = 0
     # Gradients travel in buckets while others are computed; each may end in padding.
     bucketed: bool = False
+    # Megatron's local layers on torch, as on a CPU, in place of Transformer Engine's.
+    local_layers: bool = False
 
     @property
     def model(self) -> Model:
@@ -198,6 +200,8 @@ def _layer(run: Run) -> _Layer:
     # Kept for the gradient of a weight only.
     kept = (1 if run.numbers.fp8 else number) * learns
     gates = 2 if layer_kind(language).gated else 1
+    if run.local_layers:
+        return _local_layer(run, hidden, queries, inner, gates)
     mlp = gates * inner * number + (hidden + inner) * kept
     softmax = 4 * language.num_attention_heads / run.tensor
     attention = (2 * queries + 2 * keys) * number + softmax + hidden * kept
@@ -206,6 +210,28 @@ def _layer(run: Run) -> _Layer:
     whole = mlp + attention + 2 * hidden * number
     return _Layer(
         all=run.positions * whole,
+        mlp=run.positions * mlp,
+        input=run.positions * hidden * number,
+        backward=run.positions * number * ((gates + 1) * inner + 2 * hidden),
+    )
+
+
+def _local_layer(run: Run, hidden: float, queries: float, inner: float, gates: int) -> _Layer:
+    """megatron-core's local layers over torch's norms and attention, per position; w: bytes of a number.
+
+        gate and up, and the activation's input and output, 4 f w; inputs and normalised values of both norms in fp32;
+        queries, keys and values (a head for each query head) and attention's output 4 q w; sines and cosines; and where
+        the layer learns, inputs of its linear layers.
+
+    Equal to what autograd saves (tests/unit/planner/test_cpu_memory.py).
+    """
+    language, number, learns = run.language, run.numbers.weight, run.keeps_inputs
+    mlp = (2 * gates * inner + (inner + hidden) * learns) * number
+    norms = 4 * hidden * (2 + 2 * learns) + 8
+    attention = (4 * queries + 4 * language.head_dim + (hidden + queries) * learns) * number
+    attention += 4 * language.num_attention_heads / run.tensor
+    return _Layer(
+        all=run.positions * (mlp + norms + attention),
         mlp=run.positions * mlp,
         input=run.positions * hidden * number,
         backward=run.positions * number * ((gates + 1) * inner + 2 * hidden),
