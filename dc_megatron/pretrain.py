@@ -24,27 +24,15 @@ def main(argv: list[str]) -> int:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         checked = check(argv, world_size)
         if checked.settings.dry_run:
-            return _dry_run(checked, world_size)
-        from dc_megatron.training.engine import train
+            from dc_megatron.training.dry_start import dry_run
 
-        train(checked)
+            dry_run(checked, world_size)
+        else:
+            from dc_megatron.training.engine import train
+
+            train(checked)
     except UserError as error:
         return _fail(error)
-    return 0
-
-
-def _dry_run(checked, world_size: int) -> int:
-    """One process is enough for a job of any size: the others of a launcher leave."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        os.environ["DC_DEVICE"] = "cpu"  # no GPU is asked for, also where there is one
-        from dc_megatron.runtime import patches
-
-        # Before anything imports the engine.
-        patches.apply(training=True)
-        from dc_megatron.training.dry_report import as_text
-        from dc_megatron.training.dry_run import rehearse
-
-        print(as_text(checked, rehearse(checked, world_size), world_size))
     return 0
 
 

@@ -223,7 +223,7 @@ def _local_layer(run: Run, hidden: float, queries: float, inner: float, gates: i
         queries, keys and values (a head for each query head) and attention's output 4 q w; sines and cosines; and where
         the layer learns, inputs of its linear layers.
 
-    Equal to what autograd saves (tests/unit/planner/test_cpu_memory.py).
+    Equal to what autograd saves (tests/multirank/test_saved_memory.py).
     """
     language, number, learns = run.language, run.numbers.weight, run.keeps_inputs
     mlp = (2 * gates * inner + (inner + hidden) * learns) * number
