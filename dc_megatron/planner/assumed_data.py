@@ -45,7 +45,7 @@ FILL = 0.997
 
 def assumed_mix(trainable: Sequence[str]) -> Mix:
     """The data of the stage that trains these parts."""
-    return INSTRUCTIONS if "llm" in trainable else CAPTIONS
+    return INSTRUCTIONS if {"llm", "lora"} & set(trainable) else CAPTIONS
 
 
 def assumed_micro_batch(

@@ -22,7 +22,7 @@ class Model:
     """What is trained, and how. newline: AnyRes trains an ``image_newline``.
 
     lora_rank: above 0 the language model gets adapters of that rank on every linear layer but the head, and is frozen
-    itself; ``trainable`` is then ("connector",).
+    itself; ``trainable`` then does not name "llm".
     """
 
     language: LanguageConfig
@@ -97,6 +97,7 @@ def chunk_parameters(
         *layers,
         *(_head(model, tensor, whole=first and last) if last else ()),
         *front,
+        *tuple(_layer_adapters(model, tensor)) * stages[stage][chunk],
     )
 
 
@@ -156,18 +157,14 @@ def _layer(model: Model, tensor: int) -> Iterator[Parameter]:
     gates = 2 if kind.gated else 1
     yield from _norm("input_layernorm", hidden, kind, learns)
     yield from _linear(model, "linear_proj", hidden, queries, kind.other_bias)
-    yield from _adapters(model, [], [(queries, hidden)])
     yield from _linear(model, "linear_qkv", queries + 2 * keys, hidden, kind.qkv_bias)
-    yield from _adapters(model, [queries, keys, keys], [])
     if kind.query_key_norms:
         yield Parameter("q_layernorm.weight", language.head_dim, learns)
         yield Parameter("k_layernorm.weight", language.head_dim, learns)
     if kind.norms == 2:
         yield from _norm("pre_mlp_layernorm", hidden, kind, learns)
     yield from _linear(model, "linear_fc1", gates * inner, hidden, kind.other_bias)
-    yield from _adapters(model, [inner] * gates, [])
     yield from _linear(model, "linear_fc2", hidden, inner, kind.other_bias)
-    yield from _adapters(model, [], [(inner, hidden)])
 
 
 def _linear(model: Model, name: str, rows: int, columns: int, bias: bool) -> Iterator[Parameter]:
@@ -176,21 +173,22 @@ def _linear(model: Model, name: str, rows: int, columns: int, bias: bool) -> Ite
         yield Parameter(f"{name}.bias", rows, _learns(model))
 
 
-def _adapters(model: Model, divided_rows: list[int], divided_columns: list[tuple[int, int]]) -> Iterator[Parameter]:
-    """A [rank, in] and B [out, rank] of each Hugging Face linear behind one of Megatron's.
+def _layer_adapters(model: Model, tensor: int) -> Iterator[Parameter]:
+    """A [rank, in] and B [out, rank] beside each Hugging Face linear of a layer.
 
-    divided_rows: a rank's outputs of linears whose rows are divided (A is whole, B divided). divided_columns: a rank's
-    inputs, and outputs, of those whose columns are (A divided, B whole).
+    Where Megatron divides rows, A is whole on every rank and B divided; where it divides columns, the other way round.
     """
-    rank = model.lora_rank
-    if not rank:
-        return
-    for rows in divided_rows:
-        yield Parameter("lora_A", rank * model.language.hidden_size, True)
-        yield Parameter("lora_B", rank * rows, True)
-    for columns, rows in divided_columns:
-        yield Parameter("lora_A", rank * columns, True)
-        yield Parameter("lora_B", rank * rows, True)
+    language, rank = model.language, model.lora_rank
+    hidden, inner = language.hidden_size, language.intermediate_size // tensor
+    queries, keys = (
+        heads * language.head_dim // tensor for heads in (language.num_attention_heads, language.num_key_value_heads)
+    )
+    gates = 2 if layer_kind(language).gated else 1
+    by_rows = [(hidden, outputs) for outputs in (queries, keys, keys, *[inner] * gates)]
+    by_columns = [(queries, hidden), (inner, hidden)]
+    for inputs, outputs in [*by_rows, *by_columns] if rank else []:
+        yield Parameter("lora_A", rank * inputs, True)
+        yield Parameter("lora_B", rank * outputs, True)
 
 
 def _connector_side(model: Model) -> Iterator[Parameter]:
