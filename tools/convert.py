@@ -53,7 +53,7 @@ def _flag(parser: argparse.ArgumentParser, name: str, **settings) -> None:
 def _add_import(parser: argparse.ArgumentParser) -> None:
     _flag(parser, "hf", required=True, metavar="DIR", help="text model, LLaVA / DenseConnector or llava-hf folder")
     _flag(parser, "save", required=True, metavar="DIR", help="new folder; give it to --load")
-    _flag(parser, "vision-tower", default="", metavar="DIR", help="CLIP or SigLIP folder, where DIR holds none")
+    _flag(parser, "vision-tower", default="", metavar="DIR", help="the tower's folder, where DIR holds none")
     _flag(parser, "projector", default="", metavar="FILE", help="mm_projector file to begin with")
     _flag(
         parser,

@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("data_path", "LLaVA JSON or JSON Lines files, or one YAML file", nargs="+", required=True, metavar="FILE")
     add("image_folder", "folders, tar shards or addresses: one, or one a file", nargs="+", default=(), metavar="DIR")
     add("model_name_or_path", "language model folder; its tokenizer is used", required=True, metavar="DIR")
-    add("vision_tower", "CLIP or SigLIP folder; its config.json is used", required=True, metavar="DIR")
+    add("vision_tower", "the tower's folder (CLIP, SigLIP, ...); its config.json is used", required=True, metavar="DIR")
     add("version", "conversation template", required=True, choices=TEMPLATES)
     add("mm_dense_connector_type", "", default=Default.mm_dense_connector_type, choices=CONNECTOR_TYPES)
     add("image_aspect_ratio", "", default=Default.image_aspect_ratio, choices=IMAGE_ASPECT_RATIOS)

@@ -43,6 +43,7 @@ from dc_megatron.config.tiling import (
     read_pinpoints,
     tiling_of_flags,
 )
+from dc_megatron.config.towers import TOWERS, TowerFamily, tower_family
 from dc_megatron.config.vision import VisionConfig
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "PROJECTOR_TYPES",
     "STI_POOL",
     "TEMPLATES",
+    "TOWERS",
     "VISION_PRESETS",
     "ConnectorConfig",
     "DataConfig",
@@ -63,6 +65,7 @@ __all__ = [
     "LayerTable",
     "PictureTiles",
     "Preset",
+    "TowerFamily",
     "VisionConfig",
     "best_resolution",
     "check_parallel_layout",
@@ -82,5 +85,6 @@ __all__ = [
     "read_pinpoints",
     "refuse_quantised",
     "tiling_of_flags",
+    "tower_family",
     "vision_shape",
 ]

@@ -8,7 +8,7 @@ from dc_megatron.errors import UserError
 
 CONNECTOR_TYPES = ("sti", "sci", "dci", "none")
 PROJECTOR_TYPES = ("mlp2x_gelu",)
-TEMPLATES = ("plain", "v1", "llama_3", "llama_3_chat", "mpt", "chatml_direct")
+TEMPLATES = ("plain", "v1", "llama_3", "llama_3_chat", "mpt", "chatml_direct", "phi")
 IMAGE_ASPECT_RATIOS = ("square", "pad", "anyres")
 
 

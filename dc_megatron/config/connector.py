@@ -29,7 +29,7 @@ class ConnectorConfig:
 
     dense_connector_type: str = "dci"
     projector_type: str = "mlp2x_gelu"
-    # Index into hidden_states of the final feature of CLIP; SigLIP ignores it, as the original does.
+    # Index into hidden_states of the final feature; SigLIP ignores it, as the original does.
     select_layer: int = -2
 
     def __post_init__(self):
@@ -63,11 +63,11 @@ class LayerTable:
 def layer_table(vision: VisionConfig, connector: ConnectorConfig) -> LayerTable:
     """The layers of ``vision`` that ``connector`` reads.
 
-    CLIP: the final feature is hidden_states[select_layer]. SigLIP: the input of the last layer, without
+    CLIP and most others: the final feature is hidden_states[select_layer]. SigLIP: the input of the last layer, without
     post-layernorm. DCI averages two halves of the layers below the last index.
     """
     depth = vision.num_hidden_layers
-    if vision.family == "clip":
+    if not vision.about.ends_early:
         final = connector.select_layer if connector.select_layer >= 0 else depth + 1 + connector.select_layer
         if not 0 <= final <= depth:
             raise UserError(

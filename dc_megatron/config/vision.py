@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 
 from dc_megatron.config.json_files import check_sizes, part_of_config, read_json_file
+from dc_megatron.config.towers import TOWERS, TowerFamily, tower_family
 from dc_megatron.errors import UserError
-
-# transformers leaves a value out of config.json when it equals the class default, so the defaults are needed here
-# (transformers 5.17 CLIPVisionConfig / SiglipVisionConfig) together with the processors' mean and deviation.
-_VISION_DEFAULTS = {
-    "clip": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 32,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    },
-    "siglip": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 16,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-    },
-}
-_IMAGE_STATISTICS = {
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
 
 _VISION_SIZES = (
     "hidden_size",
@@ -45,13 +18,15 @@ _VISION_SIZES = (
     "image_size",
     "patch_size",
 )
+# What the configuration classes of transformers take, under names that all families share.
+_VALUES = (*_VISION_SIZES, "hidden_act", "layer_norm_eps")
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """Shape of a frozen Hugging Face vision tower and of the pixels it takes."""
 
-    family: str  # "clip" or "siglip"
+    family: str  # a row of config.towers.TOWERS
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -71,7 +46,31 @@ class VisionConfig:
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens in front of the patches that no connector uses: CLIP's CLS."""
-        return 1 if self.family == "clip" else 0
+        return self.about.prefix_tokens
+
+    @property
+    def about(self) -> TowerFamily:
+        """What is known of its family."""
+        return TOWERS[self.family]
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """The sizes that shapes of ``about`` name."""
+        return {
+            "width": self.hidden_size,
+            "inner": self.intermediate_size,
+            "patch": self.patch_size,
+            "positions": self.num_patches + self.num_prefix_tokens,
+        }
+
+    def hugging_face_values(self, layers: int) -> dict:
+        """Arguments of the family's configuration class in transformers, for a tower of ``layers`` blocks."""
+        family = self.about
+        values = {name: getattr(self, name) for name in _VALUES if name != "num_hidden_layers"}
+        values["num_hidden_layers"] = layers
+        if family.ratio:
+            values[family.ratio] = values.pop("intermediate_size") // self.hidden_size
+        return {**values, **family.built_with}
 
     @property
     def pad_color(self) -> tuple[int, int, int]:
@@ -80,7 +79,7 @@ class VisionConfig:
 
     @classmethod
     def from_folder(cls, folder: str, flag: str = "--vision_tower") -> VisionConfig:
-        """Read ``config.json`` (a vision model, or a full CLIP / SigLIP whose vision part is used) of ``folder``."""
+        """Read ``config.json`` (a vision model, or a larger model whose vision part is used) of ``folder``."""
         what = f"{flag} {folder}"
         config = read_json_file(folder, "config.json", what)
         processor = None
@@ -95,22 +94,30 @@ class VisionConfig:
         ``what`` begins the UserError for a configuration that is no tower known here.
         """
         model_type = config.get("model_type")
-        family = {
-            "clip": "clip",
-            "clip_vision_model": "clip",
-            "siglip": "siglip",
-            "siglip_vision_model": "siglip",
-        }.get(str(model_type))
+        family = tower_family(model_type)
         if family is None:
-            raise UserError(
-                f"{what}: config.json says model_type '{model_type}', which is no vision tower known here;"
-                " give a CLIP or SigLIP folder"
-            )
-        values = dict(_VISION_DEFAULTS[family])
+            raise UserError(f"{what}: config.json says model_type '{model_type}', {_unknown(model_type)}")
         config = part_of_config(config, "vision_config", what) if "vision_config" in config else config
-        values.update({k: v for k, v in config.items() if k in values})
+        values = {name: config.get(name, default) for name, default in family.defaults.items()}
+        if family.ratio:
+            check_sizes(values, ("hidden_size", family.ratio), what)
+            values["intermediate_size"] = values["hidden_size"] * values.pop(family.ratio)
+        for name, value in family.refused.items():
+            if name in config and config[name] == value:
+                raise UserError(f"{what}: config.json says {name} {json.dumps(value)}, which is not available")
         check_sizes(values, _VISION_SIZES, what)
-        mean, std = _IMAGE_STATISTICS[family]
+        mean, std = family.statistics
         mean = tuple((processor or {}).get("image_mean", mean))
         std = tuple((processor or {}).get("image_std", std))
-        return cls(family=family, image_mean=mean, image_std=std, path=path, **values)
+        return cls(family=family.name, image_mean=mean, image_std=std, path=path, **values)
+
+
+def _unknown(model_type: object) -> str:
+    """Why there is no tower of ``model_type``, and what there is."""
+    if str(model_type).startswith("siglip2"):
+        return (
+            "SigLIP 2 with variable resolution (NaFlex), which is not available; one with a fixed resolution is, whose"
+            " config.json says siglip"
+        )
+    names = ", ".join(f"{row.name} ({row.model_type})" for row in TOWERS.values())
+    return f"which is no vision tower known here; give a folder of one of: {names}"

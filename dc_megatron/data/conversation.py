@@ -21,8 +21,8 @@ IMAGE_MARK = "<image>"
 class Template:
     """The fixed texts around messages.
 
-    ``answer_lead`` stands between the assistant's header and the answer and belongs to the target: in v1 the space
-    after ``ASSISTANT:`` is part of the answer's first token.
+    ``answer_lead`` stands between the assistant's header and the answer and belongs to the target: in v1 and phi the
+    space after ``ASSISTANT:`` is part of the answer's first token.
     """
 
     system: str
@@ -76,9 +76,9 @@ def _chatml(system: str) -> Template:
     )
 
 
-_TEMPLATES = {
-    "plain": Template(system="", human="", human_end="", assistant="", answer_lead="", answer_end="\n"),
-    "v1": Template(
+def _two_roles(end: str) -> Template:
+    """Vicuna's form; ``end`` closes an answer."""
+    return Template(
         system=(
             "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful,"
             " detailed, and polite answers to the user's questions. "
@@ -87,8 +87,14 @@ _TEMPLATES = {
         human_end=" ",
         assistant="ASSISTANT:",
         answer_lead=" ",
-        answer_end="</s>",
-    ),
+        answer_end=end,
+    )
+
+
+_TEMPLATES = {
+    "plain": Template(system="", human="", human_end="", assistant="", answer_lead="", answer_end="\n"),
+    "v1": _two_roles("</s>"),
+    "phi": _two_roles("<|endoftext|>"),
     "llama_3": _llama_3("system"),
     "llama_3_chat": _llama_3("assistant"),
     "mpt": _chatml(

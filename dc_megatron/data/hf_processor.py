@@ -221,7 +221,7 @@ def _image_processor(vision: VisionConfig, image_aspect_ratio: str, pinpoints) -
         one_of(image_aspect_ratio, ("square", "pad"), "--image_aspect_ratio")
     side = vision.image_size
     square = {"height": side, "width": side}
-    resizes_both_edges = vision.family == "siglip" and image_aspect_ratio == "square" and pinpoints is None
+    resizes_both_edges = not vision.about.crops and image_aspect_ratio == "square" and pinpoints is None
     config = {
         "image_processor_type": "SiglipImageProcessor" if resizes_both_edges else "CLIPImageProcessor",
         "processor_class": "LlavaProcessor",

@@ -55,7 +55,7 @@ def geometry(width: int, height: int, vision: VisionConfig, aspect_ratio: str) -
             raise ValueError(f"an image of {width} x {height} pixels is too large to pad (limit {MAX_PIXELS} pixels)")
         start = (-((width - height) // 2), 0) if width > height else (0, -((height - width) // 2))
         return Geometry(start, (long, long), (target, target), (0, 0))
-    if vision.family == "siglip":
+    if not vision.about.crops:
         return Geometry((0, 0), (height, width), (target, target), (0, 0))
     # transformers get_resize_output_image_size: the long edge is truncated, not rounded.
     short, long = min(width, height), max(width, height)

@@ -89,23 +89,11 @@ class _PlainLlava(nn.Module):
 
 
 def _tower(vision: VisionConfig, layers: int) -> nn.Module:
-    from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+    import transformers
 
-    shape = {
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.intermediate_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": vision.num_attention_heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "hidden_act": vision.hidden_act,
-        "layer_norm_eps": vision.layer_norm_eps,
-    }
+    config = getattr(transformers, vision.about.config_class)(**vision.hugging_face_values(layers))
     with _without_initialisation():
-        if vision.family == "clip":
-            return CLIPVisionModel._from_config(CLIPVisionConfig(**shape), **_FP32)
-        # The pooling head is read by no connector, and in few folders.
-        return SiglipVisionModel._from_config(SiglipVisionConfig(vision_use_head=False, **shape), **_FP32)
+        return getattr(transformers, vision.about.model_class)._from_config(config, **_FP32)
 
 
 def _without_initialisation():

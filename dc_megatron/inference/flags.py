@@ -20,7 +20,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "load", default="", metavar="DIR", help="an --output_dir of training")
     add_flag(group, "ckpt_step", type=int, metavar="N", help="the step to take (default: the newest complete one)")
     add_flag(group, "model_name_or_path", default="", metavar="DIR", help="language model folder")
-    add_flag(group, "vision_tower", default="", metavar="DIR", help="CLIP or SigLIP folder (default: the checkpoint's)")
+    add_flag(group, "vision_tower", default="", metavar="DIR", help="the tower's folder (default: the checkpoint's)")
     add_flag(group, "pretrain_mm_mlp_adapter", default="", metavar="FILE", help="projector file, or a folder with one")
     add_flag(group, "mm_dense_connector_type", default="", choices=("", *CONNECTOR_TYPES), help="default: dci")
     add_flag(group, "mm_vision_select_layer", type=int, metavar="N", help="default: -2")

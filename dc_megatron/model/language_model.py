@@ -1,25 +1,31 @@
-"""megatron-core's GPTModel in the shape of a Hugging Face Llama-family model."""
+"""megatron-core's GPTModel in the shape of a Hugging Face language model: Llama's family, Qwen and Phi."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
-    get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_layer_with_transformer_engine_submodules,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from dc_megatron.config import LanguageConfig
 from dc_megatron.model.attention import TorchCoreAttention
 from dc_megatron.model.last_layer import LastLayer
+from dc_megatron.model.loss_head import add_head_bias
+from dc_megatron.model.parallel_layer import LastParallelLayer, ParallelLayer
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,13 @@ def transformer_config(language: LanguageConfig, layout: Layout) -> TransformerC
         num_attention_heads=language.num_attention_heads,
         num_query_groups=language.num_key_value_heads,
         kv_channels=language.head_dim,
-        normalization="RMSNorm",
+        normalization="LayerNorm" if language.layer_norm else "RMSNorm",
         layernorm_epsilon=language.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=language.qkv_bias,
+        gated_linear_unit=language.gated_mlp,
+        activation_func=torch.nn.functional.silu if language.gated_mlp else torch.nn.functional.gelu,
+        add_bias_linear=language.linear_bias,
+        add_qkv_bias=language.qkv_bias or language.linear_bias,
+        qk_layernorm=language.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=layout.transformer_engine,
@@ -80,6 +87,21 @@ def transformer_config(language: LanguageConfig, layout: Layout) -> TransformerC
     )
 
 
+def set_activation(config: TransformerConfig) -> None:
+    """GELU by its tanh approximation, which Megatron has no flag for.
+
+    Megatron's fused kernel computes that form already where it is told gelu (fused_bias_gelu.py); unfused it takes the
+    exact one.
+    """
+    if not config.gated_linear_unit and not config.bias_activation_fusion:
+        config.activation_func = gelu_tanh
+
+
+def gelu_tanh(hidden: Tensor) -> Tensor:
+    """Hugging Face's gelu_new."""
+    return torch.nn.functional.gelu(hidden, approximate="tanh")
+
+
 def _fp8_settings(recipe: str) -> dict:
     """E4M3 forward, E5M2 for gradients; delayed scaling looks back as far as Transformer Engine's own default."""
     return {
@@ -102,25 +124,49 @@ class _TorchNorm:
         return norm
 
 
-def _layer_spec(config: TransformerConfig, transformer_engine: bool, layers: int, last: bool):
+def _block_spec(language: LanguageConfig, config: TransformerConfig, transformer_engine: bool, layers: int, last: bool):
     """``layers`` layers; with ``last`` the uppermost of them is the model's."""
-    if transformer_engine:
-        layer = get_gpt_layer_with_transformer_engine_spec()
-        return TransformerBlockSubmodules(layer_specs=_layers(layer, layers, last), layer_norm=TENorm)
-    submodules = get_gpt_layer_local_submodules(normalization=config.normalization)
-    attention = replace(submodules.self_attention.submodules, core_attention=TorchCoreAttention)
-    submodules = replace(
-        submodules,
+    parts = _transformer_engine_parts(language) if transformer_engine else _torch_parts(language, config)
+    plain, uppermost = (ParallelLayer, LastParallelLayer) if language.parallel_layers else (TransformerLayer, LastLayer)
+    specs = [ModuleSpec(module=plain, submodules=parts)] * (layers - last)
+    specs += [ModuleSpec(module=uppermost, submodules=parts)] * last
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TENorm if transformer_engine else _TorchNorm)
+
+
+def _torch_parts(language: LanguageConfig, config: TransformerConfig) -> TransformerLayerSubmodules:
+    parts = get_gpt_layer_local_submodules(normalization=config.normalization, qk_layernorm=language.qk_norm)
+    attention = replace(parts.self_attention.submodules, core_attention=TorchCoreAttention)
+    if language.qk_norm:
+        attention = replace(attention, q_layernorm=_TorchNorm, k_layernorm=_TorchNorm)
+    parts = replace(
+        parts,
         input_layernorm=_TorchNorm,
         pre_mlp_layernorm=_TorchNorm,
-        self_attention=replace(submodules.self_attention, submodules=attention),
+        self_attention=replace(parts.self_attention, submodules=attention),
     )
-    layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
-    return TransformerBlockSubmodules(layer_specs=_layers(layer, layers, last), layer_norm=_TorchNorm)
+    return _behind_one_norm(parts) if language.parallel_layers else parts
 
 
-def _layers(layer: ModuleSpec, count: int, last: bool) -> list[ModuleSpec]:
-    return [layer] * (count - last) + [replace(layer, module=LastLayer)] * last
+def _transformer_engine_parts(language: LanguageConfig) -> TransformerLayerSubmodules:
+    parts = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=language.qk_norm)
+    if not language.parallel_layers:
+        return parts
+    # Transformer Engine fuses a norm with the linear behind it; here two linears are behind one norm.
+    attention = replace(parts.self_attention.submodules, linear_qkv=TEColumnParallelLinear)
+    linears = MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
+    return _behind_one_norm(
+        replace(
+            parts,
+            input_layernorm=TENorm,
+            self_attention=replace(parts.self_attention, submodules=attention),
+            mlp=partial(MLP.as_mlp_submodule, submodules=linears),
+        )
+    )
+
+
+def _behind_one_norm(parts: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+    """The norm keeps its name in checkpoints: no linear owns it."""
+    return replace(parts, pre_mlp_layernorm=IdentityOp, sharded_state_dict_keys_map={})
 
 
 def build_language_model(
@@ -138,9 +184,11 @@ def build_language_model(
     """This rank's part of the language model. ``vocab_rows`` is the padded vocabulary over the whole group."""
     pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pg_collection.pp.rank())
-    return GPTModel(
+    set_activation(config)
+    last = post_process and layers > 0
+    model = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, transformer_engine, layers, last=post_process and layers > 0),
+        transformer_layer_spec=_block_spec(language, config, transformer_engine, layers, last),
         vocab_size=vocab_rows,
         max_sequence_length=max_sequence_length,
         pre_process=pre_process,
@@ -148,6 +196,7 @@ def build_language_model(
         parallel_output=True,
         share_embeddings_and_output_weights=language.tie_word_embeddings,
         position_embedding_type="rope",
+        rotary_percent=language.rotary_percent,
         rotary_base=language.rope_theta,
         rope_scaling=language.rope_scaling_factor is not None,
         rope_scaling_factor=language.rope_scaling_factor or 1.0,
@@ -156,3 +205,6 @@ def build_language_model(
         vp_stage=vp_stage,
         pg_collection=pg_collection,
     )
+    if language.linear_bias and post_process:
+        add_head_bias(model.output_layer)
+    return model

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -57,22 +58,35 @@ def head(*, hidden_states: Tensor, output_layer, output_weight: Tensor | None, c
     labels = context.labels.flatten() if context.labels is not None else None
     positions = context.positions if context.positions is not None else (labels != IGNORED).nonzero().squeeze(-1)
     rows = rows[: positions.shape[0]] if context.chosen else rows.index_select(0, positions)
+    bias = output_layer.bias
     if labels is not None:
-        return _losses(rows, weight, labels.index_select(0, positions), context)
-    logits = mask_padded_columns(torch.nn.functional.linear(rows, weight).float(), context.vocab_size, context.group)
+        return _losses(rows, weight, bias, labels.index_select(0, positions), context)
+    logits = _logits(rows, weight, bias, context)
     return gather_from_tensor_model_parallel_region(logits, group=context.group)[:, : context.vocab_size]
 
 
-def _losses(rows: Tensor, weight: Tensor, targets: Tensor, context: HeadRequest) -> Tensor:
+def add_head_bias(output_layer) -> None:
+    """Give ``output_layer``, which GPTModel builds without one, a bias: its shard of the vocabulary's, zeros."""
+    weight = output_layer.weight
+    output_layer.bias = torch.nn.Parameter(weight.new_zeros(output_layer.output_size_per_partition))
+    set_tensor_model_parallel_attributes(output_layer.bias, True, 0, 1)
+    output_layer.bias.allreduce = True
+
+
+def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, context: HeadRequest) -> Tensor:
+    """fp32 [k, padded vocabulary / group size]."""
+    logits = torch.nn.functional.linear(rows, weight, bias).float()
+    return mask_padded_columns(logits, context.vocab_size, context.group)
+
+
+def _losses(rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, context: HeadRequest) -> Tensor:
     shard = weight.shape[0]
     chunk_rows = max(1, CHUNK_BYTES // (4 * shard))
     if rows.shape[0] > chunk_rows:
         first = context.group.rank() * shard
         real = min(max(context.vocab_size - first, 0), shard)
-        return chunked_loss(rows, weight, targets, first, real, context.group, chunk_rows)
-    logits = torch.nn.functional.linear(rows, weight).float()
-    logits = mask_padded_columns(logits, context.vocab_size, context.group)
-    return vocab_parallel_cross_entropy(logits, targets, tp_group=context.group)
+        return chunked_loss(rows, weight, targets, first, real, context.group, chunk_rows, bias)
+    return vocab_parallel_cross_entropy(_logits(rows, weight, bias, context), targets, tp_group=context.group)
 
 
 def mask_padded_columns(logits: Tensor, vocab_size: int, group: torch.distributed.ProcessGroup) -> Tensor:

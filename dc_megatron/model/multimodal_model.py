@@ -27,7 +27,7 @@ NEWLINE = "image_newline"
 _LENGTH_STEP = 512
 # Transformer Engine's norms announce a state that never holds anything, torch's norms announce none. Left out of
 # checkpoints, so that either can load what the other saved; the state of the linears (for FP8) both have.
-_IDLE_STATE = "language_model.decoder.final_layernorm._extra_state"
+_IDLE_STATE = "layernorm._extra_state"
 
 
 class DenseConnectorModel(MegatronModule):
@@ -194,7 +194,7 @@ class DenseConnectorModel(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Checkpoint entries of this rank, without the frozen tower."""
         state = self.language_model.sharded_state_dict(f"{prefix}language_model.", sharded_offsets, metadata)
-        state.pop(f"{prefix}{_IDLE_STATE}", None)
+        state = {name: value for name, value in state.items() if not name.endswith(_IDLE_STATE)}
         if self.connector is not None and not self.connector_is_given:
             state.update(
                 sharded_state_dict_default(
@@ -231,8 +231,9 @@ class DenseConnectorModel(MegatronModule):
         if self.image_newline is not None and self.newline_is_given:
             own[NEWLINE] = self.image_newline.detach()
         self.newline_is_given = False
-        norm = self.language_model.decoder.final_layernorm  # None off the last stage
-        if norm is not None and type(norm).get_extra_state is not torch.nn.Module.get_extra_state:
-            own[_IDLE_STATE] = None
+        for name, norm in self.language_model.named_modules(prefix="language_model"):
+            state = f"{name}._extra_state"
+            if state.endswith(_IDLE_STATE) and type(norm).get_extra_state is not torch.nn.Module.get_extra_state:
+                own[state] = None
         state_dict = {**state_dict, **own}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)

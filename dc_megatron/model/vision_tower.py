@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from dc_megatron.config import LayerTable, VisionConfig
-
-_HUGGING_FACE_CLASSES = {
-    "clip": (CLIPVisionConfig, CLIPVisionModel),
-    "siglip": (SiglipVisionConfig, SiglipVisionModel),
-}
 
 
 def _quick_gelu(hidden: Tensor) -> Tensor:
@@ -33,7 +28,7 @@ class _QuickGelu(nn.Module):
 
 
 class FrozenVisionTower(nn.Module):
-    """CLIP or SigLIP without gradients: pixels in, the hidden states that ``table`` names out.
+    """A tower without gradients: pixels in, the hidden states that ``table`` names out.
 
     Layers from ``table.deepest`` on are never built: their output is not read. The tower stays in evaluation mode
     whatever ``train()`` is called on its parents.
@@ -41,23 +36,18 @@ class FrozenVisionTower(nn.Module):
 
     def __init__(self, vision: VisionConfig, table: LayerTable):
         super().__init__()
-        config_class, model_class = _HUGGING_FACE_CLASSES[vision.family]
-        config = config_class(
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            num_hidden_layers=table.deepest,
-            num_attention_heads=vision.num_attention_heads,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            hidden_act=vision.hidden_act,
-            layer_norm_eps=vision.layer_norm_eps,
-        )
-        if vision.family == "siglip":
-            config.vision_use_head = False
-        self.model = model_class(config)
+        family = vision.about
+        config_class, model_class = (getattr(transformers, name) for name in (family.config_class, family.model_class))
+        self.model = model_class(config_class(**vision.hugging_face_values(table.deepest)))
+        blocks = self.model.get_submodule(family.blocks)
         if vision.hidden_act == "quick_gelu":
-            for layer in self.model.encoder.layers:
-                layer.mlp.activation_fn = _QuickGelu()
+            for block in blocks:
+                block.mlp.activation_fn = _QuickGelu()
+        self._states: list[Tensor] = []
+        blocks[0].register_forward_pre_hook(self._begin, with_kwargs=True)
+        for block in blocks:
+            block.register_forward_hook(self._keep)
+        self._blocks, self._optional = family.blocks, family.optional
         self.num_layers = table.deepest
         self.num_prefix_tokens = vision.num_prefix_tokens
         self.requires_grad_(False)
@@ -72,8 +62,9 @@ class FrozenVisionTower(nn.Module):
         own = self.model.state_dict()
         unused = [name for name in state if name not in own]
         for name in unused:
-            above = "encoder.layers." in name and int(name.split("encoder.layers.")[1].split(".")[0]) >= self.num_layers
-            assert above or "post_layernorm" in name or "head." in name, f"vision tower has no place for {name}"
+            inside = name.startswith(f"{self._blocks}.")
+            above = inside and int(name.removeprefix(f"{self._blocks}.").split(".")[0]) >= self.num_layers
+            assert above or name in self._optional, f"vision tower has no place for {name}"
         self.model.load_state_dict({name: state.get(name, own[name]) for name in own})
 
     @torch.no_grad()
@@ -82,11 +73,14 @@ class FrozenVisionTower(nn.Module):
 
         pixels [n, 3, H, W] in the dtype of the weights; each state [n, patches, hidden].
         """
-        hidden = self.model.embeddings(pixels)
-        if hasattr(self.model, "pre_layrnorm"):
-            hidden = self.model.pre_layrnorm(hidden)
-        states = [hidden]
-        for layer in self.model.encoder.layers:
-            hidden = layer(hidden, attention_mask=None)
-            states.append(hidden)
+        self._states = []
+        self.model(pixels)
+        states, self._states = self._states, []
         return [state[:, self.num_prefix_tokens :] for state in states]
+
+    def _begin(self, _block: nn.Module, given: tuple, named: dict) -> None:
+        """What enters the first block, behind all that a family has in front of it."""
+        self._states.append(given[0] if given else named["hidden_states"])
+
+    def _keep(self, _block: nn.Module, _given: tuple, output: Tensor | tuple) -> None:
+        self._states.append(output[0] if isinstance(output, tuple) else output)

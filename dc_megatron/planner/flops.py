@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, image_tokens, layer_table
-from dc_megatron.planner.parameter_count import layer_kind
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,11 @@ class StepFlops:
 
 def linear_parameters(language: LanguageConfig) -> int:
     """Weights of all linear layers of the decoder, without embedding and head."""
-    matrices = 3 if layer_kind(language).gated else 2
     queries = language.num_attention_heads * language.head_dim
     keys = language.num_key_value_heads * language.head_dim
     attention = language.hidden_size * (2 * queries + 2 * keys)
-    return language.num_hidden_layers * (attention + matrices * language.hidden_size * language.intermediate_size)
+    mlp = (3 if language.gated_mlp else 2) * language.hidden_size * language.intermediate_size
+    return language.num_hidden_layers * (attention + mlp)
 
 
 def tower_flops(vision: VisionConfig, connector: ConnectorConfig) -> float:

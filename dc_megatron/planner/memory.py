@@ -38,7 +38,7 @@ from dc_megatron.config import (
     padded_vocab_size,
 )
 from dc_megatron.planner.gradient_buffers import Sharding, rank_buffers
-from dc_megatron.planner.parameter_count import Model, layer_kind, rank_parameters
+from dc_megatron.planner.parameter_count import Model, rank_parameters
 
 # CUDA context, NCCL and cuBLAS workspaces, which PyTorch's allocator does not count. An allowance, not measured.
 FIXED = 3e9
@@ -199,20 +199,22 @@ def _layer(run: Run) -> _Layer:
     inner = language.intermediate_size / run.tensor
     # Kept for the gradient of a weight only.
     kept = (1 if run.numbers.fp8 else number) * learns
-    gates = 2 if layer_kind(language).gated else 1
+    # Of two linears behind one norm the norm's output counts once, with attention.
+    own_norm = hidden if language.norms_per_layer == 2 else 0
+    widths = 2 if language.gated_mlp else 1
     if run.local_layers:
-        return _local_layer(run, hidden, queries, inner, gates)
-    mlp = gates * inner * number + (hidden + inner) * kept
+        return _local_layer(run, hidden, queries, inner, widths)
+    mlp = widths * inner * number + (own_norm + inner) * kept
     softmax = 4 * language.num_attention_heads / run.tensor
     attention = (2 * queries + 2 * keys) * number + softmax + hidden * kept
     if run.numbers.fp8 and learns:
         attention += queries
-    whole = mlp + attention + 2 * hidden * number
+    whole = mlp + attention + language.norms_per_layer * hidden * number
     return _Layer(
         all=run.positions * whole,
         mlp=run.positions * mlp,
         input=run.positions * hidden * number,
-        backward=run.positions * number * ((gates + 1) * inner + 2 * hidden),
+        backward=run.positions * number * ((widths + 1) * inner + 2 * hidden),
     )
 
 

@@ -13,8 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
-from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, layer_table, padded_vocab_size
+from dc_megatron.config import (
+    ConnectorConfig,
+    LanguageConfig,
+    VisionConfig,
+    layer_table,
+    padded_vocab_size,
+)
 
 
 @dataclass(frozen=True)
@@ -60,17 +67,18 @@ class LayerKind:
     query_key_norms: bool = False
 
 
-# By model_type: transformers 5.17 modeling_phi.py (one norm in front of attention and MLP, which run side by side) and
-# modeling_qwen3.py (norms over the head size).
-_KINDS = {
-    "phi": LayerKind(gated=False, qkv_bias=True, other_bias=True, norms=1, norm_bias=True, head_bias=True),
-    "qwen3": LayerKind(query_key_norms=True),
-}
-
-
 def layer_kind(language: LanguageConfig) -> LayerKind:
     """What the layers of ``language`` have."""
-    return _KINDS.get(language.model_type, LayerKind(qkv_bias=language.qkv_bias))
+    biased = language.linear_bias
+    return LayerKind(
+        gated=language.gated_mlp,
+        qkv_bias=language.qkv_bias or biased,
+        other_bias=biased,
+        norms=language.norms_per_layer,
+        norm_bias=language.layer_norm,
+        head_bias=biased,
+        query_key_norms=language.qk_norm,
+    )
 
 
 def rank_parameters(model: Model, tensor: int, stages: tuple[tuple[int, ...], ...], stage: int) -> list[Parameter]:
@@ -204,12 +212,10 @@ def _connector_side(model: Model) -> Iterator[Parameter]:
 
 
 def tower_parameters(vision: VisionConfig, connector: ConnectorConfig) -> int:
-    """Of the layers that are built (transformers 5.17 CLIPVisionModel, SiglipVisionModel without its pooling head)."""
-    width, inner = vision.hidden_size, vision.intermediate_size
-    linears = 4 * (width + 1) * width + (width + 1) * inner + (inner + 1) * width
-    layer = linears + 4 * width  # two norms
-    patches = 3 * vision.patch_size**2 * width
-    positions = (vision.num_patches + vision.num_prefix_tokens) * width
-    # CLIP: class token, norm in front. SigLIP: bias of the patches. Both: norm behind, which is built and not used.
-    others = 3 * width if vision.family == "clip" else width
-    return patches + positions + others + 2 * width + layer_table(vision, connector).deepest * layer
+    """Of the blocks that are built, and of what is around them, used or not."""
+    family, dimensions = vision.about, vision.dimensions
+
+    def numbers(shapes) -> int:
+        return sum(prod(dimensions.get(one, one) for one in shape) for shape in shapes.values())
+
+    return numbers(family.outer) + layer_table(vision, connector).deepest * numbers(family.block)

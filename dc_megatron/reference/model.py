@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
+from transformers import AutoModelForCausalLM
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from dc_megatron.config import STI_POOL, ConnectorConfig, ImageTiling, VisionConfig, layer_table
@@ -96,7 +97,7 @@ class ReferenceModel(nn.Module):
         super().__init__()
         self.vision = vision
         self.connector_config = connector
-        tower_class = CLIPVisionModel if vision.family == "clip" else SiglipVisionModel
+        tower_class = getattr(transformers, vision.about.model_class)
         options = {"dtype": torch.float32, "attn_implementation": attn_implementation}
         self.vision_tower = tower_class.from_pretrained(vision_folder, **options).eval()
         self.language_model = AutoModelForCausalLM.from_pretrained(language_folder, **options)

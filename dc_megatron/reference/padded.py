@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoModelForCausalLM
 from transformers.models.auto import CONFIG_MAPPING
 
 from dc_megatron.config import ConnectorConfig, VisionConfig
@@ -33,11 +34,8 @@ class PaddedModel(nn.Module):
         super().__init__()
         self.vision = VisionConfig.from_config(vision, "vision")
         self.connector_config = connector
-        config_class, tower_class = (
-            (CLIPVisionConfig, CLIPVisionModel)
-            if self.vision.family == "clip"
-            else (SiglipVisionConfig, SiglipVisionModel)
-        )
+        about = self.vision.about
+        config_class, tower_class = (getattr(transformers, name) for name in (about.config_class, about.model_class))
         config = CONFIG_MAPPING[language["model_type"]](**language)
         options = {"dtype": dtype, "attn_implementation": "sdpa"}
         with torch.device(device):

@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Callable
 
-from dc_megatron.config import LanguageConfig, VisionConfig
+from dc_megatron.config import LanguageConfig, VisionConfig, tower_family
 from dc_megatron.errors import UserError
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.checkpoint_folder import DESCRIPTION, RELEASE, TRACKER
@@ -370,7 +370,7 @@ def _kind_of_model(path: str) -> tuple[str, str]:
         return "llava", "LLaVA / DenseConnector folder"
     if model_type in ("llava", "llava_next"):
         return "hf-llava", "llava-hf folder (stock transformers)"
-    if model_type in ("clip", "clip_vision_model", "siglip", "siglip_vision_model"):
+    if tower_family(model_type):
         return "vision tower", "vision tower"
     return "hf", "Hugging Face text model"
 

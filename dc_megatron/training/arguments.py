@@ -221,7 +221,16 @@ def megatron_shape_argv(
                 f"{' '.join([name, *values])}: not the shape that config.json of {language.path or 'the model'}"
                 " describes; leave the flag out"
             )
+    _refuse_lost_norm(language, typed)
     return [word for name, values in rows.items() for word in (name, *values)]
+
+
+def _refuse_lost_norm(language: LanguageConfig, typed: list[str]) -> None:
+    if language.parallel_layers and "layernorm" in typed_options(typed).get("--recompute-modules", []):
+        raise UserError(
+            "--recompute-modules layernorm: a layer of model_type phi reads its norm twice, so its output cannot be"
+            " thrown away in between; name other modules (mlp, core_attn)"
+        )
 
 
 _LARGER_IS_FINE = (
@@ -230,7 +239,7 @@ _LARGER_IS_FINE = (
     "--hidden-dropout",
     "--attention-dropout",
 )
-# Flags that change what is computed and that no Llama-family config asks for.
+# Flags that change what is computed and that no config asks for, or not this one's.
 _OTHER_SHAPES = (
     "--group-query-attention",
     "--num-query-groups",
@@ -239,6 +248,8 @@ _OTHER_SHAPES = (
     "--rope-scaling-factor",
     "--add-qkv-bias",
     "--qk-layernorm",
+    "--swiglu",
+    "--disable-bias-linear",
     "--squared-relu",
     "--quick-geglu",
     "--openai-gelu",
@@ -287,13 +298,11 @@ def _shape(language: LanguageConfig, seq_length: int) -> dict[str, list[str]]:
         "--ffn-hidden-size": language.intermediate_size,
         "--num-attention-heads": language.num_attention_heads,
         "--kv-channels": language.head_dim,
-        "--normalization": "RMSNorm",
+        "--normalization": "LayerNorm" if language.layer_norm else "RMSNorm",
         "--norm-epsilon": language.rms_norm_eps,
-        "--swiglu": None,
-        "--disable-bias-linear": None,
         "--position-embedding-type": "rope",
         "--rotary-base": int(language.rope_theta),
-        "--rotary-percent": 1.0,
+        "--rotary-percent": language.rotary_percent,
         "--max-position-embeddings": positions,
         "--vocab-size": language.vocab_size,
         "--make-vocab-size-divisible-by": 128,
@@ -303,8 +312,14 @@ def _shape(language: LanguageConfig, seq_length: int) -> dict[str, list[str]]:
     }
     if language.num_key_value_heads != language.num_attention_heads:
         rows |= {"--group-query-attention": None, "--num-query-groups": language.num_key_value_heads}
-    if language.qkv_bias:
-        rows["--add-qkv-bias"] = None
+    # Without --swiglu Megatron's MLP is two linears around GELU; the model's builder sees to its tanh form.
+    switches = {
+        "--swiglu": language.gated_mlp,
+        "--disable-bias-linear": not language.linear_bias,
+        "--add-qkv-bias": language.qkv_bias,
+        "--qk-layernorm": language.qk_norm,
+    }
+    rows |= {name: None for name, on in switches.items() if on}
     if not language.tie_word_embeddings:
         rows["--untie-embeddings-and-output-weights"] = None
     if language.rope_scaling_factor is not None:

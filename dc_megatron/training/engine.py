@@ -146,6 +146,9 @@ def _say_hello(checked: run.Checked, data: data_plan.Data, notes: list[str]) -> 
         f" {checked.language.hidden_size}, {checked.vision.family} {checked.vision.num_hidden_layers} layers,"
         f" {settings.mm_dense_connector_type}; trained: {', '.join(settings.trainable)}"
     )
+    asked = checked.language.residual_dropout
+    if asked and "--hidden-dropout" not in checked.translation.megatron_argv:
+        print(f"note: config.json says resid_pdrop {asked}; this run has none, --hidden-dropout {asked} drops there")
     dtype = "bfloat16" if settings.bf16 else "float16" if settings.fp16 else "float32"
     print(
         as_line(chosen_kernels(this_machine(), dtype, settings.fp8_recipe if settings.fp8_format else None)), flush=True

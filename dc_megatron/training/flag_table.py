@@ -77,7 +77,7 @@ _MODEL = (
         "folder of the Hugging Face language model; its config.json sets the shape",
         MODEL,
     ),
-    Flag("vision_tower", str, "", "folder of the Hugging Face CLIP or SigLIP model, kept frozen", MODEL),
+    Flag("vision_tower", str, "", "folder of the Hugging Face tower (CLIP, SigLIP, ...), kept frozen", MODEL),
     Flag("mm_dense_connector_type", str, "dci", "dense connector; none is plain LLaVA", MODEL, choices=CONNECTOR_TYPES),
     Flag("mm_projector_type", str, "mlp2x_gelu", "projector behind the connector", MODEL, choices=PROJECTOR_TYPES),
     Flag("mm_vision_select_layer", int, -2, "hidden state of the final feature (CLIP; SigLIP has its own)", MODEL),

@@ -202,8 +202,8 @@ def refuse_another_model(
         was = ConnectorConfig(
             described.mm_dense_connector_type, described.mm_projector_type, described.mm_vision_select_layer
         )
-        if vision.family == "siglip":
-            # SigLIP has no choice of layer.
+        if vision.about.ends_early:
+            # There is no choice of layer.
             was = replace(was, select_layer=connector.select_layer)
         _compare(start.folder, "--mm_dense_connector_type", was, connector)
     if os.path.isfile(os.path.join(side, "vision_tower", "config.json")):

@@ -17,6 +17,9 @@ _LANGUAGE = (
     "rope_theta",
     "rope_scaling_factor",
     "sliding_window",
+    "rotary_percent",
+    "qk_norm",
+    "parallel_layers",
 )
 _VISION = ("family", "num_attention_heads", "image_size", "patch_size", "hidden_act", "layer_norm_eps")
 

@@ -10,6 +10,15 @@ import torch
 
 from dc_megatron.weights.tensor_reader import TensorReader
 
+# The class of transformers behind each model_type of a language model.
+TEXT_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi": "PhiForCausalLM",
+}
+
 # Entries of a configuration that speak of a file of weights and not of the model.
 _OF_THE_FILE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures", "auto_map")
 
@@ -44,13 +53,15 @@ def portable_text_config(config: dict, dtype: torch.dtype) -> dict:
     """A text model's configuration in the words that transformers 4 and 5 both read.
 
     transformers 5 writes ``rope_parameters`` and ``dtype``, which transformers 4 passes over without a word: the
-    rotary base would fall back to 10000.
+    rotary base would fall back to 10000, and the share of a head that Phi rotates to a half.
     """
     written = {key: value for key, value in config.items() if key not in _OF_THE_FILE}
     rope = dict(written.pop("rope_parameters", None) or written.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or written.get("rope_theta") or 10000.0
     kind = rope.get("rope_type") or rope.get("type") or "default"
     written["rope_theta"] = float(theta)
+    if (share := rope.pop("partial_rotary_factor", None)) is not None:
+        written["partial_rotary_factor"] = share
     written["rope_scaling"] = rope if kind != "default" else None
     written["torch_dtype"] = dtype_name(dtype)
     return written

@@ -15,11 +15,11 @@ from dc_megatron.config import one_of
 from dc_megatron.errors import UserError
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.durable_files import PartialFolder
-from dc_megatron.weights.export_plan import Export, json_bytes, portable_text_config
+from dc_megatron.weights.export_plan import TEXT_ARCHITECTURES, Export, json_bytes, portable_text_config
 from dc_megatron.weights.folder_identity import folder_identity
 from dc_megatron.weights.hf_llava_format import hf_llava_export
 from dc_megatron.weights.importer import Converted
-from dc_megatron.weights.language_tables import EMBEDDING
+from dc_megatron.weights.language_tables import EMBEDDING, HEADS
 from dc_megatron.weights.llava_format import llava_export
 from dc_megatron.weights.manifest import MANIFEST, damaged_files, manifest_bytes, read_manifest
 from dc_megatron.weights.megatron_folder import is_checkpoint, open_checkpoint_folder
@@ -32,7 +32,6 @@ from dc_megatron.weights.weight_files import tokenizer_files
 
 FORMATS = ("hf", "llava", "hf-llava")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 class Processor(Protocol):
@@ -139,12 +138,12 @@ def plan_export(
 
 
 def _text_export(model: ModelFolder, dtype: torch.dtype | None) -> Export:
-    names = {name: name for name in model.reader.names() if name.startswith("model.") or name == "lm_head.weight"}
+    names = {name: name for name in model.reader.names() if name.startswith("model.") or name in HEADS}
     tensors = Renamed(model.reader, names)
     kind = dtype or tensors.dtype(EMBEDDING)
     config = {
         **portable_text_config(model.language_config, kind),
-        "architectures": [_ARCHITECTURES[model.language.model_type]],
+        "architectures": [TEXT_ARCHITECTURES[model.language.model_type]],
         "model_type": model.language.model_type,
     }
     notes = []

@@ -2,7 +2,7 @@
 
 They read a list of hidden states and concatenate them as channels in front of the projector. SCI is such a list. DCI
 is one too, once the means over its layers are folded into the first linear layer: the block of channels of a mean of
-n layers becomes n blocks, each 1/n of it.
+n layers becomes n blocks, each 1/n of it. Their head has no bias: Phi's becomes part of the final norm and the head.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from dc_megatron.config import (
 from dc_megatron.errors import UserError
 from dc_megatron.weights.derived_tensors import ColumnBlocks, WithZeroRows
 from dc_megatron.weights.export_plan import Export, dtype_name, json_bytes, portable_text_config
-from dc_megatron.weights.language_tables import EMBEDDING, HEAD
+from dc_megatron.weights.folded_bias import FoldedHead
+from dc_megatron.weights.language_tables import EMBEDDING, HEAD, HEAD_BIAS, PHI_FINAL_NORM
 from dc_megatron.weights.model_parts import (
     NEWLINE,
     PROJECTOR,
@@ -43,7 +44,7 @@ from dc_megatron.weights.model_parts import (
 from dc_megatron.weights.names import refuse_wrong_names, refuse_wrong_shape
 from dc_megatron.weights.safetensors_files import open_checkpoint
 from dc_megatron.weights.sti_modeling import ARCHITECTURE, CONFIGURATION, MODEL_TYPE, MODELING, MODELING_FILE
-from dc_megatron.weights.tensor_reader import Merged, Renamed, TensorReader
+from dc_megatron.weights.tensor_reader import InMemory, Merged, Renamed, TensorReader
 from dc_megatron.weights.tokenizer_ids import IMAGE_TOKEN, image_token_id, tokenizer_ids
 
 _KINDS = {"llava": "hf-llava", MODEL_TYPE: "hf-llava", "llava_next": "hf-llava-next"}
@@ -78,7 +79,7 @@ def open_hf_llava(folder: str, config: dict, flag: str, vision_tower: str = "") 
     checkpoint = open_checkpoint(folder, flag)
     names = _sorted_names(checkpoint.names(), what)
     parts: list[TensorReader] = [
-        language_part(checkpoint, names["language"], language, what),
+        _language_part(checkpoint, names["language"], language, what),
         projector_part(checkpoint, names["projector"], vision, connector, language.hidden_size, what),
         _tower_part(checkpoint, names["tower"], vision, connector, what),
     ]
@@ -137,7 +138,7 @@ def _connector(config: dict, vision: VisionConfig, what: str) -> tuple[VisionCon
     """The connector that reads ``vision_feature_layer``, and ``vision`` with the depth at which it does."""
     if config.get("projector_hidden_act", "gelu") != "gelu" or not config.get("multimodal_projector_bias", True):
         raise UserError(f"{what}: projectors other than linear, gelu, linear with biases are not available")
-    wanted = "default" if vision.family == "clip" else "full"
+    wanted = _strategy(vision)
     strategy = config.get("vision_feature_select_strategy", "default")
     if strategy != wanted:
         raise UserError(
@@ -152,8 +153,8 @@ def _connector(config: dict, vision: VisionConfig, what: str) -> tuple[VisionCon
     found = [layer if layer >= 0 else depth + 1 + layer for layer in ([layers] if single else layers)]
     if not found or not all(0 <= layer <= depth for layer in found):
         raise UserError(f"{what}: vision_feature_layer {layers} of a tower of {depth} layers")
-    if vision.family == "siglip":
-        # Our final feature of SigLIP is the input of the last layer: with another feature the tower ends elsewhere.
+    if vision.about.ends_early:
+        # Our final feature is the input of the last layer: with another feature the tower ends elsewhere.
         vision = replace(vision, num_hidden_layers=found[0] + 1)
         select_layer = -2
     else:
@@ -212,6 +213,17 @@ def _sorted_names(names: list[str], what: str) -> dict[str, dict[str, str]]:
     return found
 
 
+def _language_part(
+    checkpoint: TensorReader, names: dict[str, str], language: LanguageConfig, what: str
+) -> TensorReader:
+    """The language model; a head's bias, which these formats cannot hold, is zero."""
+    if not language.linear_bias:
+        return language_part(checkpoint, names, language, what)
+    kind = checkpoint.dtype(names[HEAD]) if HEAD in names else torch.float32
+    bias = InMemory({HEAD_BIAS: torch.zeros(language.vocab_size, dtype=kind)})
+    return language_part(Merged([checkpoint, bias]), {**names, HEAD_BIAS: HEAD_BIAS}, language, what)
+
+
 def _tower_part(
     checkpoint: TensorReader, names: dict[str, str], vision: VisionConfig, connector: ConnectorConfig, what: str
 ) -> TensorReader:
@@ -241,6 +253,11 @@ def hf_llava_export(
     """
     if not model.has_projector:
         raise UserError("--format hf-llava: the model has no projector; --format hf writes the language model")
+    if not model.vision.about.stock_llava:
+        raise UserError(
+            f"--format hf-llava: transformers' Llava was not tried with a {model.vision.family} tower; use --format"
+            " llava"
+        )
     refuse_lost_grid(model, "hf-llava")
     kind = model.connector.dense_connector_type
     if kind == "sti" and model.image_grid_pinpoints is not None:
@@ -289,13 +306,18 @@ def _tensors(model: ModelFolder, tower: TensorReader, rows: int, dtype: torch.dt
     """Everything under our names, with the first linear layer folded and a row for the picture's token."""
     first = f"{PROJECTOR}0.weight"
     folded = model.connector.dense_connector_type in ("sci", "dci")
-    own = [n for n in model.reader.names() if not n.startswith(TOWER) and not (folded and n == first)]
-    parts: list[TensorReader] = [Renamed(model.reader, {name: name for name in own}), tower]
+    head: list[TensorReader] = []
+    if model.language.linear_bias:
+        norm = [f"{PHI_FINAL_NORM}.{part}" for part in ("weight", "bias")]
+        head = [FoldedHead(model.reader, [HEAD, HEAD_BIAS, *norm], dtype, f"--format hf-llava: {model.path}")]
+    computed = {HEAD_BIAS, *([first] if folded else []), *(name for part in head for name in part.names())}
+    own = [n for n in model.reader.names() if not n.startswith(TOWER) and n not in computed]
+    parts: list[TensorReader] = [Renamed(model.reader, {name: name for name in own}), tower, *head]
     if folded:
         blocks = _folded_layers(model.vision, model.connector)[1]
         parts.append(ColumnBlocks(model.reader, first, first, model.vision.hidden_size, blocks, dtype))
-    longer = {name: rows for name in (EMBEDDING, HEAD) if name in own}
-    return WithZeroRows(Merged(parts), longer)
+    merged = Merged(parts)
+    return WithZeroRows(merged, {name: rows for name in (EMBEDDING, HEAD) if name in merged.names()})
 
 
 def _names(model: ModelFolder, tower: TensorReader) -> dict[str, str]:
@@ -306,6 +328,8 @@ def _names(model: ModelFolder, tower: TensorReader) -> dict[str, str]:
     linear = {"0": "linear_1", "2": "linear_2"}
     names = {}
     for name in dict.fromkeys([*model.reader.names(), *tower.names()]):
+        if name == HEAD_BIAS:
+            continue
         if name == HEAD:
             names["language_model.lm_head.weight" if stock else HEAD] = name
         elif name.startswith(PROJECTOR):
@@ -352,7 +376,7 @@ def _config(model: ModelFolder, depth: int, image_token: int, rows: int, dtype: 
         "torch_dtype": dtype_name(dtype),
         "vision_config": _vision_config(model, depth),
         "vision_feature_layer": layers,
-        "vision_feature_select_strategy": "default" if vision.family == "clip" else "full",
+        "vision_feature_select_strategy": _strategy(vision),
     }
     if anyres:
         # transformers reads (height, width).
@@ -372,23 +396,16 @@ def _config(model: ModelFolder, depth: int, image_token: int, rows: int, dtype: 
     return config
 
 
+def _strategy(vision: VisionConfig) -> str:
+    """``default`` leaves the token in front of the patches out, ``full`` takes all."""
+    return "default" if vision.num_prefix_tokens else "full"
+
+
 def _vision_config(model: ModelFolder, depth: int) -> dict:
-    vision = model.vision
-    config = {
-        "model_type": f"{vision.family}_vision_model",
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.intermediate_size,
-        "num_hidden_layers": depth,
-        "num_attention_heads": vision.num_attention_heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "hidden_act": vision.hidden_act,
-        "layer_norm_eps": vision.layer_norm_eps,
-    }
-    if vision.family == "clip":
+    config = {"model_type": model.vision.about.model_type, **model.vision.hugging_face_values(depth)}
+    if model.vision.family == "clip":
         return {**config, "projection_dim": (model.tower_config or {}).get("projection_dim", 512)}
-    # The pooling head is in no export: the connectors do not read it.
-    return {**config, "vision_use_head": False}
+    return config
 
 
 def _generation_config(model: ModelFolder, image_token: int) -> dict:
@@ -405,8 +422,10 @@ def _notes(model: ModelFolder, image_token: int) -> list[str]:
         f"'{IMAGE_TOKEN}' is token {image_token}; generation_config.json keeps it from being chosen, and a server that"
         " does not read suppress_tokens from there has to be told"
     ]
-    if model.image_aspect_ratio == "square" and model.vision.family == "clip":
+    if model.image_aspect_ratio == "square" and model.vision.about.crops:
         notes.append("trained on square crops (image_aspect_ratio square): the processor must crop and not pad")
+    if model.language.linear_bias:
+        notes.append(f"{HEAD_BIAS} became part of {HEAD} and of the final norm, which stock Llava's head has none for")
     if model.connector.dense_connector_type == "sti":
         notes.append(f"{MODELING_FILE} is code: transformers 5 runs it with trust_remote_code=True")
     return notes

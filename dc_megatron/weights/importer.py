@@ -152,7 +152,9 @@ def _as_it_is(key: str, shape: tuple[int, ...], reader: TensorReader, name: str)
 def _tower_writer(model: ModelFolder) -> SafetensorsWriter | None:
     """For a tower whose weights lie among the model's: it becomes a Hugging Face folder of its own."""
     names = {
-        "vision_model." + name.removeprefix(TOWER): name for name in model.reader.names() if name.startswith(TOWER)
+        model.vision.about.level + name.removeprefix(TOWER): name
+        for name in model.reader.names()
+        if name.startswith(TOWER)
     }
     return SafetensorsWriter(Renamed(model.reader, names), folder="hf/vision_tower/") if names else None
 

@@ -1,7 +1,8 @@
-"""The weights table of the Llama family (Llama 2/3/3.1, Vicuna, Yi, Mistral, Qwen2): one row a parameter, both ways.
+"""The weights table of the language models (Llama, Vicuna, Yi, Mistral, Qwen2, Qwen3, Phi): one row a parameter.
 
-Layouts are those of megatron-core 0.19 (`GPTModel`) and of transformers 5 (`LlamaForCausalLM`,
-`MistralForCausalLM`, `Qwen2ForCausalLM`); rotary weights need no permutation between the two.
+Each row serves both ways. Layouts are those of megatron-core 0.19 (`GPTModel`) and of transformers 5
+(`LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`, `Qwen3ForCausalLM`, `PhiForCausalLM`); rotary weights
+need no permutation between the two.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ IGNORED_NAMES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+HEAD_BIAS = "lm_head.bias"
+PHI_FINAL_NORM = "model.final_layernorm"
+# Everything of a language model that does not begin with "model.".
+HEADS = (HEAD, HEAD_BIAS)
 
 
 def language_table(language: LanguageConfig, padded_vocab_size: int) -> tuple[Rule, ...]:
@@ -33,12 +38,46 @@ def language_table(language: LanguageConfig, padded_vocab_size: int) -> tuple[Ru
         other_keys=("output_layer.weight",) if tied else (),
         padded_rows=padded_vocab_size,
     )
-    final_norm = Rule("decoder.final_layernorm.weight", "copy", (Source("model.norm.weight", (hidden,)),))
-    head = Rule("output_layer.weight", "vocab", (Source(HEAD, vocabulary),), padded_rows=padded_vocab_size)
-    return (embedding, *_layer_rows(language), final_norm, *(() if tied else (head,)))
+    norm = PHI_FINAL_NORM if language.parallel_layers else "model.norm"
+    final_norm = [
+        Rule(f"decoder.final_layernorm.{part}", "copy", (Source(f"{norm}.{part}", (hidden,)),))
+        for part in (("weight", "bias") if language.layer_norm else ("weight",))
+    ]
+    head = [Rule("output_layer.weight", "vocab", (Source(HEAD, vocabulary),), padded_rows=padded_vocab_size)]
+    if language.linear_bias:
+        source = Source(HEAD_BIAS, vocabulary[:1])
+        head.append(Rule("output_layer.bias", "vocab", (source,), padded_rows=padded_vocab_size))
+    layers = _phi_rows(language) if language.parallel_layers else _llama_rows(language)
+    return (embedding, *layers, *final_norm, *(() if tied else head))
 
 
-def _layer_rows(language: LanguageConfig) -> tuple[Rule, ...]:
+def _phi_rows(language: LanguageConfig) -> tuple[Rule, ...]:
+    """One norm, which no linear owns; every linear has a bias, whole on every rank where its input is divided."""
+    hidden, inner = language.hidden_size, language.intermediate_size
+    queries = language.num_attention_heads * language.head_dim
+    norm = [
+        Rule(_key(f"input_layernorm.{part}"), "copy", (_source(f"input_layernorm.{part}", hidden),))
+        for part in ("weight", "bias")
+    ]
+    return (
+        *norm,
+        _fused_rule(language, "weight", hidden),
+        _fused_rule(language, "bias"),
+        *_linear_rules("self_attention.linear_proj", "self_attn.dense", "columns", hidden, queries),
+        *_linear_rules("mlp.linear_fc1", "mlp.fc1", "rows", inner, hidden),
+        *_linear_rules("mlp.linear_fc2", "mlp.fc2", "columns", hidden, inner),
+    )
+
+
+def _linear_rules(key: str, name: str, kind: str, rows: int, columns: int) -> tuple[Rule, Rule]:
+    """A linear's weight and bias; the bias of a row-parallel one (``columns``) is not divided."""
+    return (
+        Rule(_key(f"{key}.weight"), kind, (_source(f"{name}.weight", rows, columns),)),
+        Rule(_key(f"{key}.bias"), "copy" if kind == "columns" else kind, (_source(f"{name}.bias", rows),)),
+    )
+
+
+def _llama_rows(language: LanguageConfig) -> tuple[Rule, ...]:
     hidden, inner = language.hidden_size, language.intermediate_size
     queries = language.num_attention_heads * language.head_dim
     return (
@@ -50,6 +89,7 @@ def _layer_rows(language: LanguageConfig) -> tuple[Rule, ...]:
         ),
         _fused_rule(language, "weight", hidden),
         *([_fused_rule(language, "bias")] if language.qkv_bias else ()),
+        *(_head_norm_rules(language) if language.qk_norm else ()),
         Rule(
             _key("self_attention.linear_proj.weight"), "columns", (_source("self_attn.o_proj.weight", hidden, queries),)
         ),
@@ -61,7 +101,7 @@ def _layer_rows(language: LanguageConfig) -> tuple[Rule, ...]:
         ),
         Rule(
             _key("mlp.linear_fc1.weight"),
-            "gate_up",
+            "rows",
             (_source("mlp.gate_proj.weight", inner, hidden), _source("mlp.up_proj.weight", inner, hidden)),
         ),
         Rule(_key("mlp.linear_fc2.weight"), "columns", (_source("mlp.down_proj.weight", hidden, inner),)),
@@ -81,6 +121,18 @@ def _fused_rule(language: LanguageConfig, part: str, *width: int) -> Rule:
             _source(f"self_attn.v_proj.{part}", keys, *width),
         ),
         groups=language.num_key_value_heads,
+    )
+
+
+def _head_norm_rules(language: LanguageConfig) -> tuple[Rule, Rule]:
+    """The norms of queries and of keys, the same for every head."""
+    return tuple(
+        Rule(
+            _key(f"self_attention.{kind}_layernorm.weight"),
+            "copy",
+            (_source(f"self_attn.{kind}_norm.weight", language.head_dim),),
+        )
+        for kind in "qk"
     )
 
 

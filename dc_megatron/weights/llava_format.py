@@ -16,7 +16,7 @@ import torch
 
 from dc_megatron.config import MERGE_TYPES, ConnectorConfig, LanguageConfig, VisionConfig, layer_table, one_of
 from dc_megatron.errors import UserError
-from dc_megatron.weights.export_plan import Export, json_bytes, portable_text_config
+from dc_megatron.weights.export_plan import TEXT_ARCHITECTURES, Export, json_bytes, portable_text_config
 from dc_megatron.weights.model_parts import (
     NEWLINE,
     PROJECTOR,
@@ -38,7 +38,7 @@ from dc_megatron.weights.weight_files import tokenizer_files
 _PROJECTOR = "model.mm_projector."
 _NEWLINE = "model.image_newline"
 _TOWER = "model.vision_tower."
-_INNER_TOWER = "model.vision_tower.vision_tower.vision_model."
+_INNER_TOWER = "model.vision_tower.vision_tower."
 
 # Entries of config.json that are not the language model's.
 _OURS = re.compile(
@@ -51,8 +51,9 @@ _TYPES = {
     "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
     "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
     "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
+    "qwen3": ("llava_qwen3", "LlavaQwen3ForCausalLM"),
+    "phi": ("llava_phi", "LlavaPhiForCausalLM"),
 }
-_TEXT_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _ASPECT_RATIOS = ("square", "pad", "anyres")
 # The layers that the original's program reads whatever the tower (dc/model/multimodal_projector/dense_connector.py).
 _ORIGINAL_DEPTH = {"clip": 24, "siglip": 27}
@@ -128,7 +129,7 @@ def _text_config(config: dict, what: str) -> dict:
             f" available: {', '.join(_TYPES)}"
         )
     text = {key: value for key, value in config.items() if not _OURS.fullmatch(key)}
-    return {**text, "model_type": family, "architectures": [_TEXT_ARCHITECTURES[family]]}
+    return {**text, "model_type": family, "architectures": [TEXT_ARCHITECTURES[family]]}
 
 
 def _connector(config: dict, what: str) -> ConnectorConfig:
@@ -167,7 +168,7 @@ def _grid(config: dict, vision: VisionConfig, connector: ConnectorConfig, what: 
 
     What is said of patches and cannot be kept is refused.
     """
-    if vision.family == "clip" and (config.get("mm_vision_select_feature") or "patch") != "patch":
+    if vision.num_prefix_tokens and (config.get("mm_vision_select_feature") or "patch") != "patch":
         raise UserError(
             f"{what}: mm_vision_select_feature '{config['mm_vision_select_feature']}' is not available; patch is"
         )
@@ -233,7 +234,7 @@ def _tower_name(model: ModelFolder, given: str) -> tuple[str, dict[str, bytes]]:
 
 def _names(own: list[str], vision: VisionConfig) -> dict[str, str]:
     """Name in LLaVA's files -> our name."""
-    last = f"{TOWER}encoder.layers.{vision.num_hidden_layers - 1}."
+    last = f"{TOWER}{vision.about.blocks}.{vision.num_hidden_layers - 1}."
     names = {}
     for name in own:
         if name.startswith(PROJECTOR):
@@ -243,8 +244,8 @@ def _names(own: list[str], vision: VisionConfig) -> dict[str, str]:
         elif not name.startswith(TOWER):
             names[name] = name
         # The original cuts SigLIP's last layer off.
-        elif vision.family == "clip" or not name.startswith(last):
-            names[_INNER_TOWER + name.removeprefix(TOWER)] = name
+        elif not vision.about.ends_early or not name.startswith(last):
+            names[_INNER_TOWER + vision.about.level + name.removeprefix(TOWER)] = name
     return names
 
 
@@ -290,12 +291,14 @@ def _merge_type(model: ModelFolder) -> str:
 def _notes(model: ModelFolder, config: dict) -> list[str]:
     vision, name = model.vision, config["mm_vision_tower"]
     notes = ["the original's program wants 'llava' in the name of the folder"]
-    if vision.family not in os.path.basename(os.path.normpath(name)).lower():
+    if vision.family in _ORIGINAL_DEPTH and vision.family not in os.path.basename(os.path.normpath(name)).lower():
         notes.append(
             f"the original's program tells the tower by its name: '{name}' would have to contain '{vision.family}'"
         )
     kind, depth = model.connector.dense_connector_type, vision.num_hidden_layers
-    if kind != "none" and depth != _ORIGINAL_DEPTH[vision.family]:
+    if vision.family not in _ORIGINAL_DEPTH:
+        notes.append(f"the original's program knows CLIP and SigLIP; this tower is of the family {vision.family}")
+    elif kind != "none" and depth != _ORIGINAL_DEPTH[vision.family]:
         table = layer_table(vision, model.connector)
         notes.append(
             f"the original's program reads the layers of a tower of {_ORIGINAL_DEPTH[vision.family]}; this one has"

@@ -35,7 +35,7 @@ def open_model(
 ) -> ModelFolder:
     """The model in ``folder``, every name and shape of its weights checked; nothing but headers is read.
 
-    ``vision_tower``: a CLIP or SigLIP folder, where the model does not carry its tower. ``projector``: a file or
+    ``vision_tower``: the tower's folder, where the model does not carry its tower. ``projector``: a file or
     folder, for a language model alone. ``dense_connector_type``: for such a projector or one that comes later; and
     ``sci`` or ``dci`` over a model that reads one layer, whose projector is then widened with zeros, so that it
     computes the same. ``select_layer`` is asked for where no file says it. UserError: what the folder is and what to

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, layer_table, read_json_file
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, layer_table, read_json_file, tower_family
 from dc_megatron.errors import UserError
 from dc_megatron.weights.derived_tensors import equal_tensors
 from dc_megatron.weights.language_tables import EMBEDDING, HEAD, IGNORED_NAMES, hugging_face_shapes, language_table
@@ -179,9 +179,9 @@ def complete_tower(tower: TensorReader, vision: VisionConfig, connector: Connect
     """
     names = set(tower.names())
     layers = vision.num_hidden_layers
-    if f"{TOWER}encoder.layers.{layers - 1}.layer_norm1.weight" not in names:
+    if not any(_above(name, vision.about.blocks, layers - 1) for name in names):
         layers = layer_table(vision, connector).deepest
-    kept = {name: name for name in names if not _above(name, layers)}
+    kept = {name: name for name in names if not _above(name, vision.about.blocks, layers)}
     parts: list[TensorReader] = [Renamed(tower, kept)]
     if f"{TOWER}post_layernorm.weight" not in names:
         dtype = tower.dtype(f"{TOWER}embeddings.patch_embedding.weight")
@@ -191,19 +191,19 @@ def complete_tower(tower: TensorReader, vision: VisionConfig, connector: Connect
     return Merged(parts), layers
 
 
-def _above(name: str, layers: int) -> bool:
+def _above(name: str, blocks: str, layers: int) -> bool:
     """Whether ``name`` belongs to a layer of the tower from number ``layers`` on."""
-    start = f"{TOWER}encoder.layers."
+    start = f"{TOWER}{blocks}."
     return name.startswith(start) and int(name.removeprefix(start).split(".")[0]) >= layers
 
 
 def read_tower_config(folder: str, flag: str) -> tuple[dict, dict | None]:
-    """(config.json of the tower alone, preprocessor_config.json or None) of a CLIP or SigLIP folder, whole or not."""
+    """(config.json of the tower alone, preprocessor_config.json or None) of a tower's folder, whole or not."""
     what = f"{flag} {folder}"
     config = read_json_file(folder, "config.json", what)
     if "vision_config" in config:
-        nested = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
-        config = {**config["vision_config"], "model_type": nested.get(config.get("model_type"), "")}
+        family = tower_family(config.get("model_type"))
+        config = {**config["vision_config"], "model_type": family.model_type if family else ""}
     processor = None
     if os.path.isfile(os.path.join(folder, "preprocessor_config.json")):
         processor = read_json_file(folder, "preprocessor_config.json", what)

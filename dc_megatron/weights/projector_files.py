@@ -34,7 +34,7 @@ def projector_metadata(connector: ConnectorConfig, vision: VisionConfig) -> dict
         "mm_dense_connector_type": connector.dense_connector_type,
         "mm_projector_type": connector.projector_type,
         # SigLIP ignores it, so it must not tell two files apart.
-        "mm_vision_select_layer": str(connector.select_layer) if vision.family == "clip" else "ignored",
+        "mm_vision_select_layer": "ignored" if vision.about.ends_early else str(connector.select_layer),
         "vision_family": vision.family,
         "vision_hidden_size": str(vision.hidden_size),
         "vision_num_hidden_layers": str(vision.num_hidden_layers),

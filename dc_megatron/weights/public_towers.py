@@ -69,8 +69,9 @@ PUBLIC_TOWERS = {
 
 def public_tower_name(vision: VisionConfig) -> str:
     """The hub's name of the public tower that has the shape of ``vision``, or ""."""
-    family = f"{vision.family}_vision_model"
     for name, (config, _) in PUBLIC_TOWERS.items():
-        if config["model_type"] == family and all(config[key] == getattr(vision, key) for key in _SHAPE):
+        if config["model_type"] == vision.about.model_type and all(
+            config[key] == getattr(vision, key) for key in _SHAPE
+        ):
             return f"{_OWNERS[vision.family]}/{name}"
     return ""

@@ -18,8 +18,9 @@ from torch import Tensor
 # columns  one tp-th of the source's columns: the input side of a row-parallel linear
 # vocab    one tp-th of the source's rows after padding with zero rows
 # qkv      one tp-th of the KV groups, each [query heads of the group; key; value]
-# gate_up  one tp-th of each source's rows: [gate; up] of this rank, not a part of their concatenation
-KINDS = ("copy", "columns", "vocab", "qkv", "gate_up")
+# rows     one tp-th of each source's rows: of one source the output side of a column-parallel linear; of two [gate; up]
+#          of this rank, not a part of their concatenation
+KINDS = ("copy", "columns", "vocab", "qkv", "rows")
 
 Range = tuple[int, int]
 
@@ -96,7 +97,7 @@ def pieces(rule: Rule, layer: int | None, tp_rank: int, tp_size: int) -> list[Pi
         height = _divided(rule, rule.padded_rows, tp_size)
         start, end = tp_rank * height, min((tp_rank + 1) * height, first.shape[0])
         return [Piece(name, (start, end))] if start < end else []
-    # qkv interleaves its sources group by group, gate_up rank by rank: the same weave with another number of blocks.
+    # qkv interleaves its sources group by group, rows rank by rank: the same weave with another number of blocks.
     blocks = rule.groups if rule.kind == "qkv" else tp_size
     per_rank = _divided(rule, blocks, tp_size)
     woven = []

@@ -15,7 +15,7 @@ from dc_megatron.weights.block_stream import BLOCK_BYTES, Block, read_ahead, spl
 from dc_megatron.weights.compared_settings import differing_settings, differing_stock_settings
 from dc_megatron.weights.exporter import open_any, plan_export
 from dc_megatron.weights.hf_llava_format import HF_LLAVA_TYPES, stock_image_token
-from dc_megatron.weights.language_tables import EMBEDDING, HEAD
+from dc_megatron.weights.language_tables import EMBEDDING, HEADS
 from dc_megatron.weights.megatron_folder import is_checkpoint
 from dc_megatron.weights.model_parts import ModelFolder, tower_of
 from dc_megatron.weights.progress import Progress
@@ -126,7 +126,7 @@ def _common(a: ModelFolder, b: ModelFolder, result: Comparison) -> tuple[TensorR
 
 
 def _text_only(reader: TensorReader) -> TensorReader:
-    return Renamed(reader, {n: n for n in reader.names() if n.startswith("model.") or n == HEAD})
+    return Renamed(reader, {n: n for n in reader.names() if n.startswith("model.") or n in HEADS})
 
 
 def _compare(a: TensorReader, b: TensorReader, any_dtype: bool, result: Comparison, progress) -> None:

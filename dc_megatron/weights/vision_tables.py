@@ -29,9 +29,9 @@ _DROPPED = re.compile(
 def vision_state_dict(
     folder: str, vision: VisionConfig, connector: ConnectorConfig | None = None, flag: str = "--vision_tower"
 ) -> dict[str, Tensor]:
-    """The tower's tensors, keyed as ``CLIPVisionModel`` / ``SiglipVisionModel`` ``.state_dict()`` of transformers 5.17.
+    """The tower's tensors, keyed as the ``.state_dict()`` of its class in transformers 5.17.
 
-    Layers that ``connector`` reads must be there; layers above them and ``post_layernorm`` are returned where the
+    Layers that ``connector`` reads must be there; layers above them and the norm behind them are returned where the
     folder has them. Without ``connector`` every layer must be, save SigLIP's last, which no connector reads. The
     pooling head of SigLIP is never returned. dtype as on file, in memory of their own. UserError: names missing or left
     over, shapes other than those of ``vision``.
@@ -77,39 +77,23 @@ def tower_names(
 
 def vision_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of the tower, without SigLIP's pooling head."""
-    width, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
-    shapes = {
-        "embeddings.patch_embedding.weight": (width, 3, patch, patch),
-        "embeddings.position_embedding.weight": (vision.num_patches + vision.num_prefix_tokens, width),
-        "post_layernorm.weight": (width,),
-        "post_layernorm.bias": (width,),
-    }
-    if vision.family == "clip":
-        shapes["embeddings.class_embedding"] = (width,)
-        # The spelling is transformers'.
-        shapes["pre_layrnorm.weight"] = shapes["pre_layrnorm.bias"] = (width,)
-    else:
-        shapes["embeddings.patch_embedding.bias"] = (width,)
-    linears = {f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")}
-    linears |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+    family, sizes = vision.about, vision.dimensions
+    shapes = dict(family.outer)
     for layer in range(vision.num_hidden_layers):
-        start = f"encoder.layers.{layer}."
-        for name, shape in linears.items():
-            shapes[f"{start}{name}.weight"], shapes[f"{start}{name}.bias"] = shape, shape[:1]
-        for name in ("layer_norm1", "layer_norm2"):
-            shapes[f"{start}{name}.weight"] = shapes[f"{start}{name}.bias"] = (width,)
-    return shapes
+        shapes |= {f"{family.blocks}.{layer}.{name}": shape for name, shape in family.block.items()}
+    return {name: tuple(sizes.get(size, size) for size in shape) for name, shape in shapes.items()}
 
 
 def _required(vision: VisionConfig, connector: ConnectorConfig | None, known: dict) -> set[str]:
     """Names that must be there; hidden_states[i] needs the first i layers."""
-    depth = vision.num_hidden_layers - (1 if vision.family == "siglip" else 0)
+    family = vision.about
+    depth = vision.num_hidden_layers - family.ends_early
     if connector is not None:
         depth = layer_table(vision, connector).deepest
-    layers = re.compile(r"encoder\.layers\.(\d+)\.")
+    layers = re.compile(rf"{re.escape(family.blocks)}\.(\d+)\.")
     required = set()
     for name in known:
         match = layers.match(name)
-        if not name.startswith("post_layernorm") and (match is None or int(match[1]) < depth):
+        if name not in family.optional and (match is None or int(match[1]) < depth):
             required.add(name)
     return required

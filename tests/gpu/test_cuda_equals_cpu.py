@@ -20,16 +20,17 @@ OWN_TOLERANCES = {("float32", "transformer_engine"): (1e-4, 5e-3)}
 _ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> tuple[str, str]:
+@pytest.fixture(scope="module", params=["llama", "qwen3", "phi"])
+def folders(request, tmp_path_factory) -> tuple[str, str]:
     import torch
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; torch.cuda.is_available() says there is none")
-    from tests.helpers.tiny_models import tiny_clip, tiny_llama
+    from tests.helpers.tiny_models import LANGUAGE_MAKERS, tiny_clip, tiny_llama
 
+    make = {"llama": lambda folder: tiny_llama(folder, vocab=1003)}.get(request.param, LANGUAGE_MAKERS[request.param])
     root = tmp_path_factory.mktemp("models")
-    return tiny_llama(root / "llama", vocab=1003), tiny_clip(root / "clip")
+    return make(root / request.param), tiny_clip(root / "clip")
 
 
 def one_step(folders: tuple[str, str], device: str, dtype: str, implementation: str, output: Path) -> dict:

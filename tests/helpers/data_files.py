@@ -75,7 +75,9 @@ def sentencepiece_tokenizer(
     return folder
 
 
-def byte_level_tokenizer(folder, *, bos: str, eos: str, special: list[str], add_bos: bool = True) -> str:
+def byte_level_tokenizer(
+    folder, *, bos: str, eos: str, special: list[str], add_bos: bool = True, kind: str = "PreTrainedTokenizerFast"
+) -> str:
     """A byte-level BPE tokenizer folder as Llama 3 has it; ``special`` are further special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -95,7 +97,7 @@ def byte_level_tokenizer(folder, *, bos: str, eos: str, special: list[str], add_
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    _write_tokenizer_config(folder, "PreTrainedTokenizerFast", bos, eos, {})
+    _write_tokenizer_config(folder, kind, bos, eos, {})
     return folder
 
 
@@ -114,6 +116,12 @@ def chatml_tokenizer(folder) -> str:
     return byte_level_tokenizer(
         folder, bos="<|startoftext|>", eos="<|im_end|>", special=["<|im_start|>"], add_bos=False
     )
+
+
+def phi_tokenizer(folder) -> str:
+    """Byte-level, one special token that begins and ends texts, and none of them put in front by itself."""
+    end = "<|endoftext|>"
+    return byte_level_tokenizer(folder, bos=end, eos=end, special=[], add_bos=False, kind="CodeGenTokenizer")
 
 
 def _write_tokenizer_config(folder: str, kind: str, bos: str, eos: str, flags: dict) -> None:

@@ -54,8 +54,8 @@ def llava_folder(
         last = f"encoder.layers.{vision.num_hidden_layers - 1}."
         for name, value in load_file(os.path.join(tower, "model.safetensors")).items():
             name = name.removeprefix("vision_model.")
-            if vision.family == "clip" or not name.startswith(("head.", last)):
-                tensors[f"model.vision_tower.vision_tower.vision_model.{name}"] = value
+            if not vision.about.ends_early or not name.startswith(("head.", last)):
+                tensors[f"model.vision_tower.vision_tower.{vision.about.level}{name}"] = value
     tensors = {name: value for name, value in tensors.items() if not (drop and name.startswith(drop))}
     tensors |= extra or {}
     written = {

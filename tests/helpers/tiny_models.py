@@ -15,14 +15,20 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipConfig,
     SiglipModel,
     SiglipVisionConfig,
@@ -121,6 +127,43 @@ def tiny_qwen2(folder, *, seed: int = 0, **overrides) -> str:
     return _save(Qwen2ForCausalLM, Qwen2Config(**{**values, **overrides}), folder, seed)
 
 
+def tiny_qwen3(folder, *, seed: int = 0, **overrides) -> str:
+    """A Qwen3: norms over each head's queries and keys, a head dimension that is not hidden / heads, no biases."""
+    values = {
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "intermediate_size": 96,
+        "vocab_size": 256,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    }
+    return _save(Qwen3ForCausalLM, Qwen3Config(**{**values, **overrides}), folder, seed)
+
+
+def tiny_phi(folder, *, seed: int = 0, **overrides) -> str:
+    """A Phi: one LayerNorm before attention and MLP, biases everywhere, of 20 channels a head 8 are rotated."""
+    values = {
+        "num_hidden_layers": 4,
+        "hidden_size": 80,
+        "num_attention_heads": 4,
+        "num_key_value_heads": None,
+        "intermediate_size": 128,
+        "vocab_size": ODD_VOCABULARY,
+        "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.4,
+        "hidden_act": "gelu_new",
+        "max_position_embeddings": 2048,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return _save(PhiForCausalLM, PhiConfig(**{**values, **overrides}), folder, seed)
+
+
 def tiny_clip(folder, *, layers: int = 6, hidden: int = 32, image_size: int = 28, seed: int = 0) -> str:
     """A CLIP vision tower: 16 patches (by default) and the CLS token."""
     return _save(CLIPVisionModel, _clip_config(layers, hidden, image_size), folder, seed)
@@ -150,6 +193,19 @@ def tiny_full_siglip(folder, *, layers: int = 6, hidden: int = 32, image_size: i
     )
 
 
+def tiny_dinov2(folder, *, layers: int = 6, hidden: int = 32, image_size: int = 28, seed: int = 0) -> str:
+    """A DINOv2: 16 patches and a class token; a tower of another family than the original's."""
+    config = Dinov2Config(
+        hidden_size=hidden,
+        mlp_ratio=2,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=7,
+    )
+    return _save(Dinov2Model, config, folder, seed)
+
+
 LANGUAGE_MAKERS = {
     "llama": lambda folder: tiny_llama(folder, kv_heads=8),
     "llama_gqa": tiny_llama,
@@ -158,10 +214,13 @@ LANGUAGE_MAKERS = {
     "llama_odd_vocabulary": lambda folder: tiny_llama(folder, vocab=ODD_VOCABULARY),
     "mistral": tiny_mistral,
     "qwen2": tiny_qwen2,
+    "qwen3": tiny_qwen3,
+    "phi": tiny_phi,
     "qwen2_tied": lambda folder: tiny_qwen2(folder, tie_word_embeddings=True, vocab_size=ODD_VOCABULARY),
 }
 VISION_MAKERS = {
     "clip": tiny_clip,
+    "dinov2": tiny_dinov2,
     "siglip": tiny_siglip,
     "full_clip": tiny_full_clip,
     "full_siglip": tiny_full_siglip,

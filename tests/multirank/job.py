@@ -29,7 +29,8 @@ class Job:
     lr: float = 1e-3
     packed: bool = False
     bf16: bool = False
-    recompute: bool = False
+    # "full" or "selective" (the MLPs).
+    recompute: str = ""
     loss_reduction: str = "token"
     connector_state: dict = field(default_factory=dict)
     fault: str | None = None

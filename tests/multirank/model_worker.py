@@ -211,7 +211,7 @@ class _NormWithState(torch.nn.RMSNorm):
 
 
 def idle_state(job: Job, folder: str) -> dict:
-    """Keys and loading of a checkpoint where the final norm announces a state and where it does not."""
+    """Keys and loading of a checkpoint where the final norm and those of heads announce a state and do not."""
     from megatron.core import dist_checkpointing
 
     from dc_megatron.inference.assemble import load_checkpoint
@@ -223,7 +223,9 @@ def idle_state(job: Job, folder: str) -> dict:
         _, (models[name],) = build(job)
         norm = models[name].language_model.decoder.final_layernorm
         if name != "torch":
-            norm.__class__ = _NormWithState
+            for place, module in models[name].language_model.named_modules():
+                if place.endswith(("final_layernorm", "q_layernorm", "k_layernorm")):
+                    module.__class__ = _NormWithState
         with torch.no_grad():
             norm.weight.mul_(2.0 if name == "torch" else 3.0)
         os.makedirs(os.path.join(folder, name))

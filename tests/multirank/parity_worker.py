@@ -49,8 +49,10 @@ def build(job: Job):
     )
     config = transformer_config(language, layout)
     config.calculate_per_token_loss = job.loss_reduction == "token"
-    if job.recompute:
+    if job.recompute == "full":
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
+    elif job.recompute:
+        config.recompute_granularity, config.recompute_modules = job.recompute, ["mlp"]
     rows = padded_vocab_size(language.vocab_size, job.tensor)
     chunks = []
     for stage in range(job.virtual or 1):
@@ -78,6 +80,17 @@ def build(job: Job):
         _seed_fault(job.fault, model)
         chunks.append(model)
     return config, chunks
+
+
+@torch.no_grad()
+def logits(job: Job) -> torch.Tensor:
+    """Logits [supervised positions, vocabulary] of the first micro-batch, at one pipeline stage."""
+    from megatron.core import parallel_state
+
+    parallel.start(job.tensor)
+    _, (model,) = build(job)
+    batch = share_pixels(job.micro_batches[0][0], parallel_state.get_tensor_model_parallel_rank(), job.tensor)
+    return model.eval()(batch, positions=(batch["labels"].flatten() != -100).nonzero().squeeze(-1))
 
 
 def _load_connector(model, state: dict) -> None:

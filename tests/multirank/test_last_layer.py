@@ -48,7 +48,7 @@ def test_a_pass_that_is_computed_again_finds_its_own_positions(workers, job):  #
     rows = make_rows(job.tiling)
     batches = [make_batch(job.tiling, [row], SEQUENCE) for row in rows[:2]]
     once = first_step(workers, job, "PP2", batches)
-    again = first_step(workers, replace(job, recompute=True), "PP2", batches)
+    again = first_step(workers, replace(job, recompute="full"), "PP2", batches)
     assert again[0] == pytest.approx(once[0], rel=parity.LOSS_TOLERANCE)
     worst, name = parity.worst_difference(again[1], once[1])
     assert worst <= parity.GRADIENT_TOLERANCE, name

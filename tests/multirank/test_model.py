@@ -12,7 +12,7 @@ import torch
 
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, padded_vocab_size
 from tests.helpers.language_shapes import LLAMA
-from tests.helpers.tiny_models import tiny_clip, tiny_llama
+from tests.helpers.tiny_models import tiny_clip, tiny_llama, tiny_qwen3
 from tests.multirank import parity
 from tests.multirank.job import Job
 
@@ -122,7 +122,10 @@ def test_a_connector_given_by_a_file_survives_the_next_load_only(workers, job):
     assert "connector.mlp.0.weight" in got["missing"]
 
 
-def test_checkpoints_are_alike_with_and_without_transformer_engines_norm(workers, job, tmp_path):
+@pytest.mark.parametrize("norms_of_heads", [False, True])
+def test_checkpoints_are_alike_with_and_without_transformer_engines_norm(workers, job, tmp_path, norms_of_heads):
+    if norms_of_heads:
+        job = replace(job, language_folder=tiny_qwen3(tmp_path / "qwen3", num_hidden_layers=2))
     (got,) = workers.run(f"{WORKER}:idle_state", 1, job, str(tmp_path))
     assert got["keys"]["torch"] == got["keys"]["transformer engine"]
     assert got["exchanged"]
@@ -146,6 +149,10 @@ MAY_DIFFER = {
     "batch_p2p_comm": "its opposite",
 }
 QWEN2 = replace(LLAMA, model_type="qwen2", qkv_bias=True, rope_scaling_factor=None, rope_theta=1e6)
+QWEN3 = replace(LLAMA, model_type="qwen3", qk_norm=True, rope_scaling_factor=None)
+PHI = replace(
+    LLAMA, model_type="phi", parallel_layers=True, rotary_percent=0.5, rope_scaling_factor=None, num_key_value_heads=8
+)
 TIED = replace(LLAMA, tie_word_embeddings=True, rope_scaling_factor=None, num_key_value_heads=8, rms_norm_eps=1e-5)
 
 
@@ -155,6 +162,8 @@ TIED = replace(LLAMA, tie_word_embeddings=True, rope_scaling_factor=None, num_ke
         (LLAMA, "", 1, {}),
         (TIED, "", 1, {}),
         (QWEN2, "", 1, {}),
+        (QWEN3, "", 1, {}),
+        (PHI, "", 1, {}),
         (
             LLAMA,
             "--tensor-model-parallel-size 2 --sequence-parallel --bf16 True",
@@ -172,7 +181,7 @@ TIED = replace(LLAMA, tie_word_embeddings=True, rope_scaling_factor=None, num_ke
             },
         ),
     ],
-    ids=["TP1", "tied, no groups", "biases", "TP2+SP bf16", "PP2 VPP2 fp16"],
+    ids=["TP1", "tied, no groups", "biases", "norms of heads", "phi", "TP2+SP bf16", "PP2 VPP2 fp16"],
 )
 def test_the_configuration_is_the_one_that_the_engine_derives(workers, language, line, world_size, layout):
     arguments = (language, f"--max_steps 3 {line}", world_size)

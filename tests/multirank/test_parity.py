@@ -5,15 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
 from dc_megatron.reference.model import ReferenceModel
-from tests.helpers.tiny_models import tiny_clip, tiny_llama, tiny_qwen2, tiny_siglip
+from tests.helpers.tiny_models import (
+    tiny_clip,
+    tiny_dinov2,
+    tiny_llama,
+    tiny_phi,
+    tiny_qwen2,
+    tiny_qwen3,
+    tiny_siglip,
+)
 from tests.multirank import parity
 from tests.multirank.job import Job
 
 TRAIN = "tests.multirank.parity_worker:train"
 STEPS = 20
+# fp32 logits of size 1 to 10, sums of a hundred terms in another order.
+LOGIT_TOLERANCE = 2e-5
 LAYOUTS = {
     "TP1": {},
     "TP2": {"tensor": 2},
@@ -40,7 +51,10 @@ def folders(tmp_path_factory):
         "tied": tiny_llama(root / "tied", vocab=1003, tied=True, rope_factor=8.0, layers=2),
         "qwen2": tiny_qwen2(root / "qwen2", vocab_size=1003, num_hidden_layers=2),
         "tied qwen2": tiny_qwen2(root / "tied_qwen2", vocab_size=1003, num_hidden_layers=2, tie_word_embeddings=True),
+        "qwen3": tiny_qwen3(root / "qwen3", vocab_size=1003, num_hidden_layers=2, tie_word_embeddings=True),
+        "phi": tiny_phi(root / "phi", num_hidden_layers=2),
         "clip": tiny_clip(root / "clip"),
+        "dinov2": tiny_dinov2(root / "dinov2"),
         "siglip": tiny_siglip(root / "siglip"),
     }
 
@@ -100,6 +114,12 @@ def test_every_connector_and_tower_at_tp2(workers, folders, connector, tower):
     assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
 
 
+@pytest.mark.parametrize("connector", ["sti", "dci"])
+def test_a_tower_of_another_family(workers, folders, connector):
+    job = make_job(folders, tower="dinov2", connector=connector, tensor=2)
+    assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
+
+
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["TP2", "PP2"])
 def test_tied_head_and_llama3_rope(workers, folders, layout):
     job = make_job(folders, language="tied", **layout)
@@ -113,6 +133,53 @@ def test_biases_on_queries_keys_and_values(workers, folders, layout, language):
     reference = parity.run_reference(job)
     assert any(name.endswith("k_proj.bias") for name in reference["gradients"])
     assert_first_step_equal(job, workers.run(TRAIN, WORLD[layout], job), reference)
+
+
+# A parameter that Llama does not have.
+OWN_PARTS = {"qwen3": "k_norm.weight", "phi": "lm_head.bias"}
+
+
+@pytest.mark.parametrize("language", OWN_PARTS)
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "TP2+SP"])
+def test_other_families(workers, folders, layout, language):
+    job = make_job(folders, language=language, **LAYOUTS[layout])
+    reference = parity.run_reference(job)
+    assert any(name.endswith(OWN_PARTS[language]) for name in reference["gradients"])
+    assert_first_step_equal(job, workers.run(TRAIN, WORLD[layout], job), reference)
+
+
+@pytest.mark.parametrize("language", OWN_PARTS)
+def test_logits_under_sequence_parallelism(workers, folders, language):
+    """The other layouts' logits are compared in test_converted_logits.py."""
+    job = make_job(folders, language=language, tensor=2, sequence_parallel=True)
+    model = ReferenceModel(job.vision_folder, job.language_folder, VisionConfig.from_folder(job.vision_folder),
+                           ConnectorConfig("dci")).eval()  # fmt: skip
+    model.connector.load_state_dict(job.connector_state)
+    batch = job.micro_batches[0][0]
+    with torch.no_grad():
+        expected = model(batch).logits[batch["labels"] != -100]
+    for got in workers.run("tests.multirank.parity_worker:logits", 2, job):
+        assert float((got - expected).abs().max()) <= LOGIT_TOLERANCE
+
+
+@pytest.mark.parametrize("language", OWN_PARTS)
+@pytest.mark.parametrize("layout", ["PP2", "TP2+SP"])
+def test_packed_rows_of_other_families(workers, folders, language, layout):
+    """Samples of one row attend separately, and the last layer works at their targets only."""
+    from tests.helpers.reference_batches import make_batch
+
+    rows = parity.make_rows([1, 0, 2], seed=5)
+    packed = make_batch([rows], 2 * parity.SEQUENCE, tokens_per_image=16, packed=True)
+    job = make_job(folders, language=language, packed=True, **LAYOUTS[layout])
+    job = replace(job, micro_batches=[[packed]])
+    assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
+
+
+def test_a_head_bias_in_chunks_and_recomputed_layers(workers, folders):
+    job = make_job(folders, language="phi", tensor=2, recompute="full", chunk_bytes=4 * 640 * 7)
+    results = workers.run(TRAIN, 2, job)
+    assert all(result["chunked_rows"] for result in results)
+    assert_first_step_equal(job, results, parity.run_reference(job))
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["TP2", "PP2", "DP2"])
@@ -141,8 +208,10 @@ def test_virtual_pipeline(workers, folders):
     assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
 
 
-def test_full_recompute_changes_nothing(workers, folders):
-    job = make_job(folders, tensor=2, recompute=True)
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("language", ["llama", "phi"])
+def test_recomputing_changes_nothing(workers, folders, language, recompute):
+    job = make_job(folders, language=language, tensor=2, recompute=recompute)
     assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
 
 

@@ -90,7 +90,7 @@ def check_tree(name: str, language: LanguageConfig, vision: str, layout: Layout,
     assert objects == dict.fromkeys(extra_state_keys(language)), name
     vocabulary = {key for key, shape in expected.items() if shape[0] == rows}
     assert set().union(*(rank["any number of rows"] for rank in ranks)) == vocabulary, name
-    assert len(vocabulary) == (1 if language.tie_word_embeddings else 2), name
+    assert len(vocabulary) == (1 if language.tie_word_embeddings else 3 if language.linear_bias else 2), name
 
 
 def test_entries_name_their_layers_and_rows(folders):

@@ -6,9 +6,11 @@ import sys
 from dataclasses import fields
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+import transformers
+from transformers import LlamaConfig, MistralConfig, PhiConfig, Qwen2Config, Qwen3Config
 
 from dc_megatron.config import (
+    TOWERS,
     ConnectorConfig,
     DataConfig,
     DataSource,
@@ -148,9 +150,54 @@ def test_tower_inside_a_full_model_and_its_processor(tmp_path):
 def test_the_folder_of_a_tower_is_judged_by_its_config(tmp_path):
     folder = tmp_path / "clip-vit-large"
     folder.mkdir()
-    write_config(folder, {"model_type": "dinov2"})
-    with pytest.raises(UserError, match=r"--vision_tower .*model_type 'dinov2'.*give a CLIP or SigLIP folder"):
+    write_config(folder, {"model_type": "vit_mae"})
+    with pytest.raises(
+        UserError, match=r"--vision_tower .*model_type 'vit_mae'.*give a folder of one of: clip \(clip_"
+    ):
         VisionConfig.from_folder(str(folder))
+
+
+def test_siglip_2_of_a_fixed_resolution_is_a_siglip():
+    """As published: SigLIP's model_type around the shape of the tower, a text model of another vocabulary."""
+    config = {
+        "architectures": ["SiglipModel"],
+        "model_type": "siglip",
+        "text_config": {"model_type": "siglip_text_model", "vocab_size": 256000},
+        "vision_config": {
+            "hidden_size": 1152,
+            "image_size": 512,
+            "intermediate_size": 4304,
+            "model_type": "siglip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 16,
+        },
+    }
+    vision = VisionConfig.from_config(config, "config")
+    assert (vision.family, vision.num_patches, vision.num_prefix_tokens) == ("siglip", 1024, 0)
+    assert layer_table(vision, ConnectorConfig("sci")).groups == ((7,), (15,))
+    for model_type in ("siglip2", "siglip2_vision_model"):
+        with pytest.raises(UserError, match=r"variable resolution \(NaFlex\), which is not available"):
+            VisionConfig.from_config({**config, "model_type": model_type}, "config")
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_every_family_is_what_transformers_says_of_it(family):
+    """Defaults, names and classes of a row against the classes of transformers."""
+    row = TOWERS[family]
+    config = getattr(transformers, row.config_class)()
+    assert config.model_type == row.model_type
+    assert {name: getattr(config, name) for name in row.defaults} == dict(row.defaults)
+    vision = VisionConfig.from_config({"model_type": row.model_type}, "config")
+    again = type(config)(**vision.hugging_face_values(vision.num_hidden_layers))
+    assert {name: getattr(again, name) for name in row.defaults} == dict(row.defaults)
+    assert getattr(transformers, row.model_class).config_class is type(config)
+
+
+@pytest.mark.parametrize(("entry", "value"), [("use_swiglu_ffn", True), ("qkv_bias", False), ("mlp_ratio", 2.5)])
+def test_a_dinov2_of_another_form_is_refused(entry, value):
+    with pytest.raises(UserError, match=f"config: .*{entry}"):
+        VisionConfig.from_config({"model_type": "dinov2", entry: value}, "config")
 
 
 def test_language_model_with_defaults(tmp_path):
@@ -160,7 +207,7 @@ def test_language_model_with_defaults(tmp_path):
     assert language.path == str(tmp_path)
 
 
-@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config])
+@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
 @pytest.mark.parametrize("given", [{}, {"num_attention_heads": 16, "hidden_size": 2048}], ids=["nothing", "some"])
 def test_what_a_configuration_leaves_out_is_the_default_of_transformers(config_class, given):
     """A configuration inside another, as in LLaVA folders, says only what differs."""
@@ -171,6 +218,20 @@ def test_what_a_configuration_leaves_out_is_the_default_of_transformers(config_c
     assert "sliding_window" in names or config_class is LlamaConfig
     assert language.head_dim == 128
     assert language.rope_theta == expected["rope_parameters"]["rope_theta"]
+
+
+def test_phi_in_the_spellings_of_both_transformers():
+    """transformers 4 writes the rotated share beside the rope, 5 into it; what is left out is the class's default."""
+    published = {"model_type": "phi", "hidden_size": 2560, "num_hidden_layers": 32, "partial_rotary_factor": 0.4}
+    for config in (published, PhiConfig(**published).to_dict()):
+        language = LanguageConfig.from_config(config, "config")
+        assert (language.rotary_percent, language.head_dim, language.num_key_value_heads) == (0.4, 80, 32)
+        assert (language.rms_norm_eps, language.rope_theta, language.intermediate_size) == (1e-5, 1e4, 8192)
+        assert language.parallel_layers
+    theirs, ours = PhiConfig(), LanguageConfig.from_config({"model_type": "phi"}, "config")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.rotary_percent == theirs.rope_parameters["partial_rotary_factor"]
 
 
 QWEN2 = {**LLAMA, "model_type": "qwen2", "sliding_window": 4096, "max_window_layers": 2, "rope_theta": 1e6}
@@ -215,10 +276,14 @@ def test_llama3_scaling_in_both_spellings(rope, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "phi3"}, "model_type 'phi3'; available: llama .*, mistral and qwen2"),
+        ({"model_type": "phi3"}, "model_type 'phi3'; available: llama .*, mistral, qwen2 .*, qwen3 and phi"),
         ({"attention_bias": True}, "attention_bias true"),
         ({"mlp_bias": True}, "mlp_bias true"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'; only silu is available with model_type llama"),
+        ({"model_type": "phi", "hidden_act": "gelu"}, "hidden_act 'gelu'; only gelu_new and gelu_pytorch_tanh"),
+        ({"model_type": "phi", "hidden_act": "gelu_new", "qk_layernorm": True}, "qk_layernorm true"),
+        ({"model_type": "phi", "hidden_act": "gelu_new", "tie_word_embeddings": True}, "tie_word_embeddings true"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias true"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope type 'linear'"),
         ({"model_type": "qwen2", "rope_scaling": {"type": "yarn", "factor": 4}}, "rope type 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 2}}, "low_freq_factor 2"),

@@ -24,10 +24,11 @@ def targets(version, messages):
     return [rendered.text[start:end] for start, end in rendered.targets]
 
 
-def test_v1():
-    text = VICUNA + "USER: <image>\nWhat is it? ASSISTANT: A dog.</s>USER: Colour? ASSISTANT: Brown.</s>"
-    assert render("v1", TWO_TURNS).text == text
-    assert targets("v1", TWO_TURNS) == [" A dog.</s>", " Brown.</s>"]
+@pytest.mark.parametrize(("version", "end"), [("v1", "</s>"), ("phi", "<|endoftext|>")])
+def test_two_roles(version, end):
+    text = VICUNA + f"USER: <image>\nWhat is it? ASSISTANT: A dog.{end}USER: Colour? ASSISTANT: Brown.{end}"
+    assert render(version, TWO_TURNS).text == text
+    assert targets(version, TWO_TURNS) == [f" A dog.{end}", f" Brown.{end}"]
 
 
 @pytest.mark.parametrize(("version", "role"), [("llama_3", "system"), ("llama_3_chat", "assistant")])
@@ -115,7 +116,7 @@ def test_messages_that_do_not_alternate_are_faults(messages):
     assert caught.value.reason == RecordFault.STRUCTURE
 
 
-@pytest.mark.parametrize("version", ["v1", "llama_3", "llama_3_chat", "mpt", "chatml_direct"])
+@pytest.mark.parametrize("version", ["v1", "phi", "llama_3", "llama_3_chat", "mpt", "chatml_direct"])
 def test_a_prompt_is_the_beginning_of_the_training_text(version):
     text = render(version, conversation("<image>\nWhat is it?", "A dog.")).text
     prompt = render_prompt(version, "What is it?", 1)

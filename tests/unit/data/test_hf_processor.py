@@ -21,6 +21,7 @@ from tests.helpers.data_files import (
     chatml_tokenizer,
     conversation,
     llama_3_tokenizer,
+    phi_tokenizer,
     photo,
     sentencepiece_tokenizer,
     vision_config,
@@ -39,6 +40,7 @@ SPEAKS = {
     "modern_chatml": ("chatml_direct",),
     "llama_3": ("llama_3", "llama_3_chat", "plain"),
     "chatml": ("mpt", "chatml_direct", "plain"),
+    "phi": ("phi", "plain"),
 }
 PAIRS = [(name, version) for name, versions in SPEAKS.items() for version in versions]
 
@@ -68,6 +70,7 @@ def sources(tmp_path_factory):
         "modern_chatml": with_chatml(sentencepiece_tokenizer(base / "modern_chatml", legacy=False)),
         "llama_3": llama_3_tokenizer(base / "llama_3", reserved=3),
         "chatml": chatml_tokenizer(base / "chatml"),
+        "phi": phi_tokenizer(base / "phi"),
     }
 
 

@@ -15,6 +15,7 @@ from tests.helpers.data_files import (
     chatml_tokenizer,
     conversation,
     llama_3_tokenizer,
+    phi_tokenizer,
     picture,
     sentencepiece_tokenizer,
 )
@@ -30,6 +31,7 @@ def folders(tmp_path_factory):
         "no_prefix": sentencepiece_tokenizer(base / "no_prefix", dummy_prefix=False),
         "llama_3": llama_3_tokenizer(base / "llama_3"),
         "chatml": chatml_tokenizer(base / "chatml"),
+        "phi": phi_tokenizer(base / "phi"),
     }
 
 
@@ -179,6 +181,8 @@ def test_characters_of_several_tokens_are_targets_as_a_whole(load, name):
         ("llama_3_chat", "llama_3", "A dog.<|eot_id|>It is brown.<|eot_id|>"),
         ("mpt", "chatml", "A dog.<|im_end|>It is brown.<|im_end|>"),
         ("chatml_direct", "chatml", "A dog.<|im_end|>It is brown.<|im_end|>"),
+        # The space in front belongs to the first word's token.
+        ("phi", "phi", " A dog.<|endoftext|> It is brown.<|endoftext|>"),
     ],
 )
 def test_targets_of_the_other_templates(load, version, name, expected):
@@ -193,6 +197,9 @@ def test_bos_is_there_once_or_not_at_all(load):
         assert (sample.input_ids == load("llama_3").bos_id).sum() == 1
         assert sample.input_ids[0] == load("llama_3").bos_id
     assert (sample_of(load("chatml"), "mpt", messages).input_ids == load("chatml").bos_id).sum() == 0
+    # Phi's begins and ends texts with one token: here it only ends the answer.
+    assert sample_of(load("phi"), "phi", messages).input_ids.tolist().count(load("phi").bos_id) == 1
+    assert sample_of(load("phi"), "phi", messages).input_ids[-1] == load("phi").eos_id
 
 
 @pytest.mark.parametrize("model_file", [True, False])

@@ -115,8 +115,10 @@ def world():
     torch.distributed.destroy_process_group()
 
 
-def through_the_head(group, monkeypatch, chunk_bytes: int, frozen: bool = False) -> tuple[list[torch.Tensor], dict]:
-    """([losses, gradient of the hidden states, gradient of the weight], what was seen on the way).
+def through_the_head(
+    group, monkeypatch, chunk_bytes: int, frozen: bool = False, biased: bool = False
+) -> tuple[list[torch.Tensor], dict]:
+    """([losses, gradients of the hidden states, of the weight, of the bias where there is one], what was seen).
 
     Labels leave out every third position of two rows.
     """
@@ -130,17 +132,18 @@ def through_the_head(group, monkeypatch, chunk_bytes: int, frozen: bool = False)
         return result
 
     def watched_loss(*arguments):
-        seen["chunks"].append(arguments[-1])
+        seen["chunks"].append(arguments[-2])
         return chunked(*arguments)
 
     monkeypatch.setattr(torch.nn.functional, "linear", watched_linear)
     monkeypatch.setattr(loss_head, "chunked_loss", watched_loss)
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(30, 2, WIDTH, generator=generator, requires_grad=True)
-    layer = torch.nn.Linear(WIDTH, PADDED, bias=False)
+    layer = torch.nn.Linear(WIDTH, PADDED, bias=biased)
     with torch.no_grad():
-        layer.weight.copy_(torch.randn(PADDED, WIDTH, generator=generator))
-    layer.weight.requires_grad_(not frozen)
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    layer.requires_grad_(not frozen)
     labels = torch.randint(0, VOCABULARY, (2, 30), generator=generator)
     labels[:, ::3] = loss_head.IGNORED
     losses = loss_head.head(
@@ -152,12 +155,14 @@ def through_the_head(group, monkeypatch, chunk_bytes: int, frozen: bool = False)
     )
     losses.backward(torch.randn(losses.shape, generator=generator))
     monkeypatch.undo()
-    return [losses.detach(), hidden.grad, layer.weight.grad], seen
+    return [losses.detach(), hidden.grad, *(parameter.grad for parameter in layer.parameters())], seen
 
 
-def test_the_head_goes_in_chunks_where_its_logits_are_many(world, monkeypatch):
-    whole, seen_whole = through_the_head(world, monkeypatch, chunk_bytes=256 << 20)
-    parts, seen = through_the_head(world, monkeypatch, chunk_bytes=4 * PADDED * 7)
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_head_goes_in_chunks_where_its_logits_are_many(world, monkeypatch, biased):
+    whole, seen_whole = through_the_head(world, monkeypatch, chunk_bytes=256 << 20, biased=biased)
+    parts, seen = through_the_head(world, monkeypatch, chunk_bytes=4 * PADDED * 7, biased=biased)
+    assert len(parts) == 3 + biased
     assert (seen_whole["chunks"], seen["chunks"]) == ([], [7])
     for ours, theirs in zip(parts, whole, strict=True):
         torch.testing.assert_close(ours, theirs, **TOLERANCE)

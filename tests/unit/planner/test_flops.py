@@ -96,6 +96,11 @@ def test_weights_of_the_linear_layers():
     assert linear_parameters(LANGUAGE) == sum(linear.weight.numel() for linear in linears)
 
 
+def test_weights_of_phi_2():
+    """Two linears in the MLP: 32 layers of 4 * 2560^2 + 2 * 2560 * 10240."""
+    assert linear_parameters(read_workload("phi-2").language_config) == 2_516_582_400
+
+
 def test_weights_of_vicuna_7b():
     """32 layers of 4 * 4096^2 + 3 * 4096 * 11008."""
     assert linear_parameters(read_workload("7b-stage2").language_config) == 6_476_005_376

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, Qwen2Config, Qwen3Config
 
 from dc_megatron.benchmark.step_workload import read_workload
+from dc_megatron.config import LanguageConfig
 from dc_megatron.planner.memory import FIXED, Numbers, Recompute, Run, largest_stage, passes_in_flight, stage_memory
 
 # Moments and gradients in bf16 beside 16-bit remainders of the master weights, and Megatron's defaults.
@@ -123,3 +126,29 @@ def test_a_tied_head_is_one_table_with_the_embedding_on_the_same_stage_only():
     table = 2 * 32000 * 4096
     assert tables(False, ((32,),)) - tables(True, ((32,),)) == table
     assert tables(False, ((16,), (16,))) == tables(True, ((16,), (16,)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PhiConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, partial_rotary_factor=0.4),
+        Qwen2Config(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+                    num_key_value_heads=2),
+        Qwen3Config(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_key_value_heads=8),
+        LlamaConfig(),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_parameters_of_every_family_are_those_of_transformers(config):
+    """Vocabularies of these sizes need no padding."""
+    language = LanguageConfig.from_config(config.to_dict(), "test")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = config.num_hidden_layers
+
+    def learning(*stages) -> float:
+        split = run(2, language=language, stages=stages, trainable=("llm",), numbers=Numbers(gradient=1))
+        return sum(stage_memory(split, stage).gradients for stage in range(len(stages)))
+
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    assert learning((layers,)) == learning((layers - 1,), (1,)) == expected

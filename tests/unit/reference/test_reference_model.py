@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
+from transformers import AutoModelForCausalLM, CLIPVisionModel, Dinov2Model, SiglipVisionModel
 
 from dc_megatron.config import CONNECTOR_TYPES, ConnectorConfig, VisionConfig, image_tokens
 from dc_megatron.reference.model import ReferenceModel, dense_features
@@ -83,14 +83,16 @@ def test_connector_features_follow_the_hugging_face_tower(tower, kind, tmp_path,
     reference = ReferenceModel(folder, folders[1], vision, connector)
     pixels = torch.randn(2, 3, vision.image_size, vision.image_size)
     # The layers one after the other: no trust in what transformers calls a hidden state.
-    tower_model = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}[vision.family].from_pretrained(folder).eval()
+    classes = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel, "dinov2": Dinov2Model}
+    tower_model = classes[vision.family].from_pretrained(folder).eval()
+    dinov2 = vision.family == "dinov2"
     with torch.no_grad():
         states = tower_model.embeddings(pixels)
         if vision.family == "clip":
             states = tower_model.pre_layrnorm(states)
         collected = [states]
-        for layer in tower_model.encoder.layers:
-            states = layer(states, None)
+        for layer in tower_model.encoder.layer if dinov2 else tower_model.encoder.layers:
+            states = layer(states) if dinov2 else layer(states, None)
             collected.append(states)
         expected = reference.connector.mlp(dense_features(tuple(collected), vision, connector))
         features = reference.connector_features(pixels)

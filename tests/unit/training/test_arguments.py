@@ -177,6 +177,42 @@ def test_shape_comes_from_the_config():
     )
 
 
+PHI = replace(
+    LLAMA, model_type="phi", parallel_layers=True, rotary_percent=0.4, rope_scaling_factor=None, num_key_value_heads=8
+)
+
+
+def test_the_shape_of_phi():
+    got = options(shape("", PHI))
+    assert (got["--normalization"], got["--rotary-percent"]) == ("LayerNorm", "0.4")
+    assert not {"--swiglu", "--disable-bias-linear", "--add-qkv-bias", "--qk-layernorm"} & set(got)
+    assert {"--swiglu", "--disable-bias-linear"} <= set(options(shape()))
+    assert options(shape())["--rotary-percent"] == "1.0"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--swiglu", ["--swiglu", "config.json of tiny"]),
+        ("--disable-bias-linear", ["--disable-bias-linear", "config.json of tiny"]),
+        ("--normalization RMSNorm", ["--normalization RMSNorm", "LayerNorm"]),
+        ("--recompute-modules mlp layernorm", ["--recompute-modules layernorm", "reads its norm twice"]),
+    ],
+)
+def test_what_contradicts_phi(line, words):
+    with pytest.raises(UserError) as refused:
+        shape(line, PHI)
+    for word in words:
+        assert word in str(refused.value)
+    shape("--recompute-modules mlp core_attn", PHI)
+
+
+def test_norms_of_heads_are_asked_for():
+    qwen3 = replace(LLAMA, qk_norm=True)
+    assert "--qk-layernorm" in options(shape("", qwen3))
+    shape("--qk-layernorm", qwen3)
+
+
 def test_positions_reach_the_end_of_a_row():
     assert options(shape(seq_length=4096))["--max-position-embeddings"] == "4096"
     assert options(shape(seq_length=64))["--max-position-embeddings"] == "128"

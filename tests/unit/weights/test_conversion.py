@@ -10,16 +10,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dc_megatron.config import ConnectorConfig
+from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
 from dc_megatron.errors import UserError
 from dc_megatron.weights import block_stream, durable_files, exporter, safetensors_writer, torch_dist_writer
 from dc_megatron.weights.exporter import export_checkpoint
 from dc_megatron.weights.importer import import_checkpoint
 from dc_megatron.weights.manifest import damaged_files, read_manifest
+from dc_megatron.weights.projector_files import write_projector
 from dc_megatron.weights.verify import verify
-from tests.helpers.llava_folders import llava_folder
+from tests.helpers.llava_folders import llava_folder, random_projector
 from tests.helpers.stop_points import Killed, StopPoints
-from tests.helpers.tiny_models import LANGUAGE_MAKERS, as_old_bin, as_safetensors, tiny_clip, tiny_llama, tiny_siglip
+from tests.helpers.tiny_models import (
+    LANGUAGE_MAKERS,
+    as_old_bin,
+    as_safetensors,
+    tiny_clip,
+    tiny_dinov2,
+    tiny_llama,
+    tiny_siglip,
+)
 
 
 class Silent:
@@ -137,6 +146,25 @@ def test_a_dtype_of_choice(tmp_path, llama, dtype):
     assert config["rope_theta"] == 10000.0
 
 
+@pytest.mark.parametrize("kind", ["dci", "sti"])
+def test_a_tower_of_another_family_inside_a_llava_folder(tmp_path, llama, kind):
+    """Its configuration goes along where the tower does; stock Llava was not tried with one, and says so."""
+    tower = tiny_dinov2(tmp_path / "tower")
+    source = llava_folder(tmp_path / "llava", llama, tower, ConnectorConfig(kind))
+    bring_in(source, tmp_path / "tree", vision_tower=tower)
+    bring_out(tmp_path / "tree", "llava", tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(source))
+    with_tower = llava_folder(
+        tmp_path / "whole", llama, tower, ConnectorConfig(kind), inside=True, mm_vision_tower=tower
+    )
+    bring_in(with_tower, tmp_path / "tree2")
+    shutil.rmtree(tmp_path / "tower")
+    bring_out(tmp_path / "tree2", "llava", tmp_path / "back2", tower_name="tower")
+    assert_same(tensors_of(tmp_path / "back2"), tensors_of(with_tower))
+    with pytest.raises(UserError, match="Llava was not tried with a dinov2 tower; use --format llava"):
+        bring_out(tmp_path / "tree2", "hf-llava", tmp_path / "stock")
+
+
 @pytest.mark.parametrize("tower", [tiny_clip, tiny_siglip])
 @pytest.mark.parametrize("kind", ["sti", "sci", "dci", "none"])
 def test_llava_folders_come_in_and_go_out(tmp_path, llama, kind, tower):
@@ -154,6 +182,25 @@ def test_llava_folders_come_in_and_go_out(tmp_path, llama, kind, tower):
     if kind != "sti":
         bring_out(tmp_path / "tree", "hf-llava", tmp_path / "stock")
         assert verify(str(tmp_path / "stock"), str(tmp_path / "tree"), progress=Silent).equal
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi", "mistral", "qwen2_tied"])
+def test_every_format_of_other_families(tmp_path, family):
+    """Over a language model that is no plain Llama: out as LLaVA's and in again, and out as stock Llava."""
+    language, tower = LANGUAGE_MAKERS[family](tmp_path / "made"), tiny_siglip(tmp_path / "tower")
+    connector, vision = ConnectorConfig("dci"), VisionConfig.from_folder(tower)
+    state = random_projector(connector, vision, LanguageConfig.from_folder(language).hidden_size)
+    projector = write_projector(str(tmp_path / "projector"), state, connector, vision)[1]
+    bring_in(language, tmp_path / "tree", vision_tower=tower, projector=projector)
+    bring_out(tmp_path / "tree", "llava", tmp_path / "llava")
+    bring_in(tmp_path / "llava", tmp_path / "again", vision_tower=tower)
+    assert verify(str(tmp_path / "again"), str(tmp_path / "tree"), progress=Silent).equal
+    bring_out(tmp_path / "again", "hf", tmp_path / "back")
+    assert verify(str(tmp_path / "back"), language, progress=Silent).equal
+    for dtype in ("", "bf16"):
+        bring_out(tmp_path / "tree", "hf-llava", tmp_path / f"stock{dtype}", dtype=dtype)
+    assert verify(str(tmp_path / "stock"), str(tmp_path / "tree"), progress=Silent).equal
+    assert verify(str(tmp_path / "tree"), str(tmp_path / "stockbf16"), any_dtype=True, progress=Silent).equal
 
 
 def test_a_checkpoint_can_be_moved(tmp_path, llama):

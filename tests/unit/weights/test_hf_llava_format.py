@@ -27,7 +27,9 @@ from tests.helpers.tiny_models import (
     tiny_full_siglip,
     tiny_llama,
     tiny_mistral,
+    tiny_phi,
     tiny_qwen2,
+    tiny_qwen3,
     tiny_siglip,
 )
 
@@ -202,8 +204,10 @@ def test_another_final_feature(folders, tmp_path, select_layer):
         lambda folder: tiny_llama(folder, layers=1, rope_factor=8.0),
         lambda folder: tiny_llama(folder, layers=1, tied=True),
         tiny_qwen2,
+        lambda folder: tiny_qwen3(folder, num_hidden_layers=2),
+        lambda folder: tiny_phi(folder, num_hidden_layers=2),
     ],
-    ids=["mistral_window", "llama3_rope", "tied", "qwen2"],
+    ids=["mistral_window", "llama3_rope", "tied", "qwen2", "qwen3", "phi"],
 )
 def test_other_language_models(folders, tmp_path, language):
     model, reference = make_model(tmp_path / "p", language(tmp_path / "l"), folders["clip"], ConnectorConfig("dci"))
@@ -213,7 +217,7 @@ def test_other_language_models(folders, tmp_path, language):
     folder = write_export(export, tmp_path / "out")
     assert_equals_reference(load(folder), reference)
     read = open_model(write_export(hf_llava_export(model_of(folder, tmp_path, "sci")), tmp_path / "sci"))
-    assert replace(read.language, path="") == replace(model.language, path="", vocab_size=257)
+    assert replace(read.language, path="") == replace(model.language, path="", vocab_size=model.language.vocab_size + 1)
 
 
 def model_of(folder: str, tmp_path, kind: str):

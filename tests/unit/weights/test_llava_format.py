@@ -26,7 +26,9 @@ from tests.helpers.tiny_models import (
     tiny_clip,
     tiny_llama,
     tiny_mistral,
+    tiny_phi,
     tiny_qwen2,
+    tiny_qwen3,
     tiny_siglip,
 )
 
@@ -43,6 +45,8 @@ def folders(tmp_path_factory):
         "tied": tiny_llama(root / "tied", layers=1, tied=True),
         "mistral": tiny_mistral(root / "mistral"),
         "qwen2": tiny_qwen2(root / "qwen2"),
+        "qwen3": tiny_qwen3(root / "qwen3", num_hidden_layers=1),
+        "phi": tiny_phi(root / "phi", num_hidden_layers=1),
         "clip": tiny_clip(root / "clip"),
         "siglip": tiny_siglip(root / "siglip"),
     }
@@ -105,6 +109,8 @@ def test_the_language_model_stands_alone_in_its_configuration(folders, tmp_path)
         ({"model_type": "mistral", "architectures": ["LlavaMistralForCausalLM"]}, "mistral"),
         ({"model_type": "llava_qwen", "architectures": ["LlavaQwenForCausalLM"]}, "qwen"),
         ({"model_type": "qwen2", "architectures": ["LlavaQwenForCausalLM"]}, "qwen"),
+        ({"model_type": "llava_qwen3", "architectures": None}, "qwen3"),
+        ({"model_type": "llava_phi", "architectures": ["LlavaPhiForCausalLM"]}, "phi"),
     ],
 )
 def test_the_spellings_of_the_model_type(folders, tmp_path, config, family):

@@ -7,7 +7,7 @@ from dc_megatron.weights.rules import Rule, Source, read_shard, shard_shape, to_
 
 QKV = Rule("qkv", "qkv", (Source("q", (4, 2)), Source("k", (2, 2)), Source("v", (2, 2))), groups=2)
 QKV_BIAS = Rule("bias", "qkv", (Source("q1", (4,)), Source("k1", (2,)), Source("v1", (2,))), groups=2)
-GATE_UP = Rule("fc1", "gate_up", (Source("gate", (4, 2)), Source("up", (4, 2))))
+GATE_UP = Rule("fc1", "rows", (Source("gate", (4, 2)), Source("up", (4, 2))))
 VOCAB = Rule("words", "vocab", (Source("embed", (5, 2)),), padded_rows=8)
 COLUMNS = Rule("fc2", "columns", (Source("down", (2, 4)),))
 NORM = Rule("layers.{layer}.norm", "copy", (Source("model.{layer}.norm", (3,)),))

@@ -110,7 +110,7 @@ def test_a_tree_without_a_tensor_or_of_another_model_is_refused(tmp_path):
 
 def test_fused_tensors_want_one_dtype(tmp_path):
     language = LanguageConfig.from_folder(LANGUAGE_MAKERS["llama_gqa"](tmp_path / "m"))
-    rule = next(rule for rule in language_table(language, 256) if rule.kind == "gate_up")
+    rule = next(rule for rule in language_table(language, 256) if rule.kind == "rows")
     gate, up = rule.source_shapes(0)
     parts = InMemory({gate: torch.zeros(96, 64), up: torch.zeros(96, 64, dtype=torch.bfloat16)})
     with pytest.raises(UserError, match=r"gate_proj.weight float32, .*up_proj.weight bfloat16"):

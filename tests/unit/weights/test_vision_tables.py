@@ -5,18 +5,16 @@ import os
 
 import pytest
 import torch
-from transformers import CLIPVisionModel, SiglipVisionModel
+import transformers
 
 from dc_megatron.config import ConnectorConfig, VisionConfig
 from dc_megatron.errors import UserError
 from dc_megatron.weights.vision_tables import vision_shapes, vision_state_dict
 from tests.helpers.tiny_models import VISION_MAKERS, as_old_bin, as_safetensors, tiny_clip, tiny_siglip
 
-CLASSES = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
-
 
 def expected_state(folder, vision):
-    state = CLASSES[vision.family].from_pretrained(folder).state_dict()
+    state = getattr(transformers, vision.about.model_class).from_pretrained(folder).state_dict()
     return {name: value for name, value in state.items() if not name.startswith("head.")}
 
 
