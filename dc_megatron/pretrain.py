@@ -21,10 +21,16 @@ def main(argv: list[str]) -> int:
         print(page)
         return 0
     try:
-        checked = check(argv, int(os.environ.get("WORLD_SIZE", "1")))
-        from dc_megatron.training.engine import train
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        checked = check(argv, world_size)
+        if checked.settings.dry_run:
+            from dc_megatron.training.dry_start import dry_run
 
-        train(checked)
+            dry_run(checked, world_size)
+        else:
+            from dc_megatron.training.engine import train
+
+            train(checked)
     except UserError as error:
         return _fail(error)
     return 0

@@ -68,14 +68,31 @@ batch_flags() {
   BATCH_FLAGS=(--per_device_train_batch_size "$per_device" --gradient_accumulation_steps $((share / per_device)))
 }
 
+# asks_for_dry_run FLAGS...: whether the last --dry-run among them is on.
+asks_for_dry_run() {
+  local word before="" dry=1
+  for word in "$@"; do
+    case "$before$word" in
+      --dry[-_]run | --dry[-_]run=[Tt]rue) dry=0 ;;
+      --dry[-_]run=[Ff]alse | --dry[-_]run\ [Ff]alse) dry=1 ;;
+    esac
+    case "$word" in --dry[-_]run) before="$word " ;; *) before="" ;; esac
+  done
+  return "$dry"
+}
+
 # launch FLAGS...: checks the flags, then becomes the training process, or torchrun.
 launch() {
   if [ "${DC_PRINT_ARGV:-}" = 1 ]; then
     [ "${RANK:-0}" = 0 ] || exit 0
-    exec "$python" -m dc_megatron.training.check_argv "$@"
+    WORLD_SIZE="$world_size" exec "$python" -m dc_megatron.training.check_argv "$@"
   fi
   if [ -n "${LOCAL_RANK:-}" ]; then
     exec "$python" -m dc_megatron.pretrain "$@"
+  fi
+  if asks_for_dry_run "$@"; then
+    # One process plays all ranks, whatever their number.
+    WORLD_SIZE="$world_size" exec "$python" -m dc_megatron.pretrain "$@"
   fi
   # Once, before there are many processes to complain.
   WORLD_SIZE="$world_size" "$python" -m dc_megatron.training.check_argv "$@" || exit $?

@@ -26,6 +26,14 @@ from dc_megatron.config.json_files import part_of_config, read_json_file, refuse
 from dc_megatron.config.language import LanguageConfig
 from dc_megatron.config.lora import AdaptedLinear, HuggingFaceLinear, LoraConfig
 from dc_megatron.config.parallel import check_parallel_layout, padded_vocab_size
+from dc_megatron.config.presets import (
+    LANGUAGE_PRESETS,
+    VISION_PRESETS,
+    Preset,
+    language_preset,
+    language_shape,
+    vision_shape,
+)
 from dc_megatron.config.tiling import (
     MERGE_TYPES,
     ImageTiling,
@@ -43,12 +51,14 @@ from dc_megatron.config.vision import VisionConfig
 __all__ = [
     "CONNECTOR_TYPES",
     "IMAGE_ASPECT_RATIOS",
+    "LANGUAGE_PRESETS",
     "MERGE_TYPES",
     "PACKINGS",
     "PROJECTOR_TYPES",
     "STI_POOL",
     "TEMPLATES",
     "TOWERS",
+    "VISION_PRESETS",
     "AdaptedLinear",
     "ConnectorConfig",
     "DataConfig",
@@ -59,6 +69,7 @@ __all__ = [
     "LayerTable",
     "LoraConfig",
     "PictureTiles",
+    "Preset",
     "TowerFamily",
     "VisionConfig",
     "best_resolution",
@@ -69,6 +80,8 @@ __all__ = [
     "image_share",
     "image_tiling",
     "image_tokens",
+    "language_preset",
+    "language_shape",
     "layer_table",
     "nearest",
     "one_of",
@@ -79,4 +92,5 @@ __all__ = [
     "refuse_quantised",
     "tiling_of_flags",
     "tower_family",
+    "vision_shape",
 ]

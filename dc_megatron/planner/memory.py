@@ -15,7 +15,7 @@ nothing recomputed; peaks of PyTorch's allocator, so ``StageMemory.allocated``, 
     ======================================================  ========  ========
     GB                                                      measured  estimate
     ======================================================  ========  ========
-    stage 2, gradients, moments and remainders in bf16         103.9     103.8
+    stage 2, gradients, moments and remainders in bf16         103.9     103.9
     the same in FP8                                            113.0     112.8
     stage 1, fp32 gradients and optimizer of the connector      40.0      40.0
     the same in FP8                                             52.9      53.0
@@ -27,6 +27,7 @@ Nothing was measured yet with recomputation, with tensor or pipeline stages, and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dc_megatron.config import (
     ConnectorConfig,
@@ -36,7 +37,8 @@ from dc_megatron.config import (
     layer_table,
     padded_vocab_size,
 )
-from dc_megatron.planner.flops import linear_parameters
+from dc_megatron.planner.gradient_buffers import Sharding, rank_buffers
+from dc_megatron.planner.parameter_count import Model, rank_parameters
 
 # CUDA context, NCCL and cuBLAS workspaces, which PyTorch's allocator does not count. An allowance, not measured.
 FIXED = 3e9
@@ -79,10 +81,33 @@ class Run:
     sequence_parallel: bool = False
     # All stages encode the images of a step before its pipeline begins (--vision-tower-stages all).
     tower_on_all_stages: bool = False
+    newline: bool = False
+    lora_rank: int = 0
+    # Gradients travel in buckets while others are computed; each may end in padding.
+    bucketed: bool = False
+    # Megatron's local layers on torch, as on a CPU, in place of Transformer Engine's.
+    local_layers: bool = False
+
+    @property
+    def model(self) -> Model:
+        return Model(
+            self.language,
+            self.vision,
+            self.connector,
+            self.trainable,
+            self.newline,
+            self.lora_rank,
+            self.tower_on_all_stages,
+        )
 
     @property
     def language_learns(self) -> bool:
         return "llm" in self.trainable
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Of the decoder's linear layers: for their own gradients, or for those of adapters beside them."""
+        return self.language_learns or self.lora_rank > 0
 
 
 @dataclass(frozen=True)
@@ -95,18 +120,24 @@ class Recompute:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes. transient: what the worst moment takes beside all that is kept (the head, or one layer's backward)."""
+    """Bytes of one rank. images: what the connector keeps. transient: what the worst ``moment`` takes beside all that.
+
+    logits: of the head's moment, which counts where it is the worst. Weights and gradients with the padding of buffers.
+    """
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
+    images: float
     transient: float
+    moment: str
+    logits: float
 
     @property
     def allocated(self) -> float:
         """What PyTorch's allocator holds at its peak."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.transient
+        return self.weights + self.gradients + self.optimizer + self.activations + self.images + self.transient
 
     @property
     def total(self) -> float:
@@ -116,62 +147,47 @@ class StageMemory:
 def stage_memory(run: Run, stage: int, recompute: Recompute = Recompute()) -> StageMemory:
     """Memory of a rank of pipeline stage ``stage`` (from 0)."""
     numbers = run.numbers
-    language, frozen, linear = _language_parameters(run, stage)
-    joined = _connector_parameters(run) if stage == 0 else 0
-    learning = (language if run.language_learns else 0) + (joined if "connector" in run.trainable else 0)
-    copies = 2 * linear if numbers.fp8 else 0
-    optimizer = numbers.optimizer * learning / (run.data if numbers.shards_optimizer else 1)
+    sharding = Sharding(run.data, numbers.shards_optimizer, run.bucketed)
+    held = _held(run.model, run.tensor, run.stages, stage, sharding)
+    moments = _moments(run, stage, recompute)
+    moment = max(moments, key=moments.get)
     return StageMemory(
-        weights=numbers.weight * (language + joined + frozen) + copies,
-        gradients=numbers.gradient * learning,
-        optimizer=optimizer,
+        weights=numbers.weight * held.weights + (2 * held.linear if numbers.fp8 else 0),
+        gradients=numbers.gradient * held.gradients,
+        optimizer=numbers.optimizer * held.updates,
         activations=_activations(run, stage, recompute),
-        transient=_transient(run, stage, recompute),
+        images=_images(run, stage),
+        transient=moments[moment],
+        moment=moment,
+        logits=moments.get(_HEAD_MOMENT, 0),
+    )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Numbers of a rank; weights, gradients: with padding. updates: of the data-parallel rank that has the most."""
+
+    weights: int
+    linear: int
+    gradients: int
+    updates: int
+
+
+@lru_cache(maxsize=4096)
+def _held(model: Model, tensor: int, stages: tuple[tuple[int, ...], ...], stage: int, sharding: Sharding) -> _Held:
+    parameters = rank_parameters(model, tensor, stages, stage)
+    buffers = rank_buffers(model, tensor, stages, stage, sharding)
+    return _Held(
+        weights=sum(one.elements for one in parameters) + sum(one.padding for one in buffers),
+        linear=sum(one.elements for one in parameters if one.linear),
+        gradients=sum(one.numbers for one in buffers),
+        updates=max(map(sum, zip(*(one.owned for one in buffers), strict=True)), default=0),
     )
 
 
 def largest_stage(run: Run, recompute: Recompute = Recompute()) -> StageMemory:
     """Memory of the stage that takes the most."""
     return max((stage_memory(run, stage, recompute) for stage in range(len(run.stages))), key=lambda one: one.total)
-
-
-def _language_parameters(run: Run, stage: int) -> tuple[float, float, float]:
-    """(parameters of this rank's part of the language model, of the frozen tower beside it, of its linear layers)."""
-    language, last = run.language, len(run.stages) - 1
-    layers = sum(run.stages[stage])
-    linear = layers * linear_parameters(language) / language.num_hidden_layers / run.tensor
-    table = padded_vocab_size(language.vocab_size, run.tensor) * language.hidden_size / run.tensor
-    # A tied head is one more table only where it is not on the embedding's stage.
-    tables = (stage == 0) + (stage == last and not (language.tie_word_embeddings and last == 0))
-    vectors = _vectors(run, layers, stage == last)
-    has_tower = stage == 0 or run.tower_on_all_stages
-    return linear + tables * table + vectors, _tower_parameters(run) if has_tower else 0, linear
-
-
-def _vectors(run: Run, layers: int, last: bool) -> float:
-    """Parameters of norms and of biases, of which those of divided outputs are divided too."""
-    language, hidden = run.language, run.language.hidden_size
-    fused = (language.num_attention_heads + 2 * language.num_key_value_heads) * language.head_dim / run.tensor
-    biases = fused * (language.qkv_bias or language.linear_bias)
-    if language.linear_bias:
-        biases += language.intermediate_size / run.tensor + 2 * hidden
-    norms = hidden * (1 + language.layer_norm)
-    of_layers = layers * (language.norms_per_layer * norms + 2 * language.head_dim * language.qk_norm + biases)
-    head = padded_vocab_size(language.vocab_size, run.tensor) / run.tensor if language.linear_bias else 0
-    return of_layers + last * (norms + head)
-
-
-def _tower_parameters(run: Run) -> int:
-    vision, width = run.vision, run.vision.hidden_size
-    layer = 4 * width**2 + 2 * width * vision.intermediate_size
-    inputs = width * (3 * vision.patch_size**2 + vision.num_patches + vision.num_prefix_tokens)
-    return inputs + layer_table(vision, run.connector).deepest * layer
-
-
-def _connector_parameters(run: Run) -> int:
-    """Every tensor-parallel rank has all of them."""
-    width = run.language.hidden_size
-    return width * (run.connector.input_size(run.vision) + width + 2)
 
 
 @dataclass(frozen=True)
@@ -186,7 +202,7 @@ class _Layer:
 
 
 def _layer(run: Run) -> _Layer:
-    language, number, learns = run.language, run.numbers.weight, run.language_learns
+    language, number, learns = run.language, run.numbers.weight, run.keeps_inputs
     hidden = language.hidden_size / (run.tensor if run.sequence_parallel else 1)
     queries = language.num_attention_heads * language.head_dim / run.tensor
     keys = language.num_key_value_heads * language.head_dim / run.tensor
@@ -196,6 +212,8 @@ def _layer(run: Run) -> _Layer:
     # Of two linears behind one norm the norm's output counts once, with attention.
     own_norm = hidden if language.norms_per_layer == 2 else 0
     widths = 2 if language.gated_mlp else 1
+    if run.local_layers:
+        return _local_layer(run, hidden, queries, inner, widths)
     mlp = widths * inner * number + (own_norm + inner) * kept
     softmax = 4 * language.num_attention_heads / run.tensor
     attention = (2 * queries + 2 * keys) * number + softmax + hidden * kept
@@ -206,7 +224,29 @@ def _layer(run: Run) -> _Layer:
         all=run.positions * whole,
         mlp=run.positions * mlp,
         input=run.positions * hidden * number,
-        backward=run.positions * number * ((1 + widths) * inner + 2 * hidden),
+        backward=run.positions * number * ((widths + 1) * inner + 2 * hidden),
+    )
+
+
+def _local_layer(run: Run, hidden: float, queries: float, inner: float, gates: int) -> _Layer:
+    """megatron-core's local layers over torch's norms and attention, per position; w: bytes of a number.
+
+        gate and up, and the activation's input and output, 4 f w; inputs and normalised values of both norms in fp32;
+        queries, keys and values (a head for each query head) and attention's output 4 q w; sines and cosines; and where
+        the layer learns, inputs of its linear layers.
+
+    Equal to what autograd saves (tests/multirank/test_saved_memory.py).
+    """
+    language, number, learns = run.language, run.numbers.weight, run.keeps_inputs
+    mlp = (2 * gates * inner + (inner + hidden) * learns) * number
+    norms = 4 * hidden * (2 + 2 * learns) + 8
+    attention = (4 * queries + 4 * language.head_dim + (hidden + queries) * learns) * number
+    attention += 4 * language.num_attention_heads / run.tensor
+    return _Layer(
+        all=run.positions * (mlp + norms + attention),
+        mlp=run.positions * mlp,
+        input=run.positions * hidden * number,
+        backward=run.positions * number * ((gates + 1) * inner + 2 * hidden),
     )
 
 
@@ -220,18 +260,23 @@ def _activations(run: Run, stage: int, recompute: Recompute) -> float:
     )
     passes = passes_in_flight(len(run.stages), stage, run.micro_batches, len(chunks))
     kept = passes * of_chunks
-    if stage == 0 and "connector" in run.trainable:
-        # Its input, and its hidden layer before and after GELU.
-        widths = run.connector.input_size(run.vision) + 2 * run.language.hidden_size
-        tokens = run.images * image_tokens(run.vision, run.connector)
-        kept += tokens * widths * run.numbers.weight * -(-passes // len(chunks))
-    if stage == 0 and run.tower_on_all_stages:
-        # What enters the connector, of all micro-batches of the step.
-        tokens = run.micro_batches * run.images * image_tokens(run.vision, run.connector)
-        kept += tokens * run.connector.input_size(run.vision) * run.numbers.weight
     if stage == len(run.stages) - 1:
         kept += 2 * layer.input  # the final norm's input and output
     return kept
+
+
+def _images(run: Run, stage: int) -> float:
+    """The connector's input, and its hidden layer before and after GELU, of all micro-batches that are under way.
+
+    Where all stages encode images, the input of all micro-batches of the step lies on the first stage.
+    """
+    if stage or "connector" not in run.trainable:
+        return 0
+    chunks = run.stages[stage]
+    under_way = -(-passes_in_flight(len(run.stages), stage, run.micro_batches, len(chunks)) // len(chunks))
+    tokens = run.images * image_tokens(run.vision, run.connector) * run.numbers.weight
+    joined = run.connector.input_size(run.vision) * (run.micro_batches if run.tower_on_all_stages else under_way)
+    return tokens * (joined + 2 * run.language.hidden_size * under_way)
 
 
 def passes_in_flight(pipeline: int, stage: int, micro_batches: int, virtual: int = 1) -> int:
@@ -244,22 +289,25 @@ def passes_in_flight(pipeline: int, stage: int, micro_batches: int, virtual: int
     return min(2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, micro_batches * virtual)
 
 
-def _transient(run: Run, stage: int, recompute: Recompute) -> float:
-    """The most of what comes and goes: one layer's backward pass, the head's, or the tower's forward pass."""
+_LAYER_MOMENT, _HEAD_MOMENT, _TOWER_MOMENT = "a layer's backward pass", "the head", "the tower"
+
+
+def _moments(run: Run, stage: int, recompute: Recompute) -> dict[str, float]:
+    """What comes and goes: one layer's backward pass, the head's, the tower's forward pass."""
     layer = _layer(run)
-    moments = [layer.backward]
+    moments = {_LAYER_MOMENT: layer.backward}
     if recompute.granularity == "full" and recompute.layers:
-        moments = [layer.backward + layer.all]
+        moments[_LAYER_MOMENT] += layer.all
     elif recompute.granularity == "selective":
-        moments = [layer.backward + layer.mlp]
+        moments[_LAYER_MOMENT] += layer.mlp
     if stage == len(run.stages) - 1:
-        moments.append(_head(run))
+        moments[_HEAD_MOMENT] = _head(run)
     if stage == 0 and not run.tower_on_all_stages:
         # All its hidden states are kept until the connector has chosen. Before the pipeline begins there is room.
         states = layer_table(run.vision, run.connector).deepest + 1
         tokens = -(-run.images // run.tensor) * run.vision.num_patches
-        moments.append(tokens * states * run.vision.hidden_size * run.numbers.weight)
-    return max(moments)
+        moments[_TOWER_MOMENT] = tokens * states * run.vision.hidden_size * run.numbers.weight
+    return moments
 
 
 def _head(run: Run) -> float:

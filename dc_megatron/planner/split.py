@@ -97,8 +97,8 @@ def balanced_split(
     refuse_too_few_layers(layers, pipeline, virtual)
     counts = min(_candidates(layers, pipeline, virtual), key=lambda one: _rank(costs, one, virtual))
     stages = tuple(_chunks(costs, count, stage, pipeline, virtual) for stage, count in enumerate(counts))
-    times = _times(costs, counts)
-    even = None if layers % (pipeline * virtual) else _times(costs, _even(layers, pipeline))
+    times = stage_times(costs, counts)
+    even = None if layers % (pipeline * virtual) else stage_times(costs, _even(layers, pipeline))
     return PipelineSplit(
         stages=stages,
         words=_words(stages, virtual),
@@ -140,7 +140,8 @@ def _candidates(layers: int, pipeline: int, virtual: int) -> Iterator[tuple[int,
             yield (first, *([each] * (between - over)), *([each + 1] * over), last)
 
 
-def _times(costs: StageCosts, counts: Sequence[int]) -> list[float]:
+def stage_times(costs: StageCosts, counts: Sequence[int]) -> list[float]:
+    """Of a micro-batch on each stage with so many decoder layers, in the unit of ``costs``."""
     times = [costs.layer * count for count in counts]
     times[0] += costs.front
     times[-1] += costs.head
@@ -149,7 +150,7 @@ def _times(costs: StageCosts, counts: Sequence[int]) -> list[float]:
 
 def _rank(costs: StageCosts, counts: tuple[int, ...], virtual: int) -> tuple:
     """What to minimise: the slowest stage (to nine digits: sums in another order do not count), then unevenness."""
-    times = _times(costs, counts)
+    times = stage_times(costs, counts)
     slowest = max(times)
     even = len(set(counts)) == 1 and counts[0] % virtual == 0
     return float(f"{slowest:.9g}"), not even, sum(time**2 for time in times)

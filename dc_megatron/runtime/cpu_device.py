@@ -12,7 +12,34 @@ import functools
 
 import torch
 
+# What stands for CUDA devices; the meta device inside ``on_meta``.
 CPU = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def on_meta():
+    """Inside, what asks for a CUDA device gets the meta device: shapes without memory. Only under the patches."""
+    global CPU
+    kept, CPU = CPU, torch.device("meta")
+    try:
+        yield
+    finally:
+        CPU = kept
+
+
+class BuiltOnMeta(torch.overrides.TorchFunctionMode):
+    """As ``with torch.device("meta")``, which does not know the factories that the patches have wrapped."""
+
+    def __init__(self):
+        super().__init__()
+        known = torch.utils._device._device_constructors()
+        self._factories = known | {getattr(factory, "__wrapped__", factory) for factory in known}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self._factories and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return function(*args, **kwargs)
 
 
 def as_cpu(value):
@@ -69,7 +96,7 @@ def cuda_type_names(function):
             args = (args[0].replace("torch.cuda.", "torch."), *args[1:])
         name = function(self, *args, **kwargs)
         if isinstance(name, str) and name.startswith("torch.") and not name.startswith("torch.cuda."):
-            return "torch.cuda." + name[len("torch.") :]
+            return "torch.cuda." + name.removeprefix("torch.").removeprefix("meta.")
         return name
 
     return wrapped

@@ -24,7 +24,7 @@ def rotating_whole_rows(original: Callable) -> Callable:
         if cp_group is None or cp_group.size() > 1 or freqs.size(0) == total:
             return original(t, cu_seqlens, freqs, cp_group=cp_group, **settings)
         starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=total)
-        places = torch.arange(total, device=t.device) - starts
+        places = torch.arange(total, device=t.device) - starts.to(t.device)
         return _apply_rotary_pos_emb_bshd(t.unsqueeze(1), freqs.index_select(0, places), **settings).squeeze(1)
 
     return rotate

@@ -12,6 +12,7 @@ import numpy as np
 
 from dc_megatron.config import LanguageConfig
 from dc_megatron.errors import UserError
+from dc_megatron.planner.assumed_data import MicroBatch
 from dc_megatron.planner.memory import Numbers, Run
 from dc_megatron.planner.recompute import choose_recompute
 from dc_megatron.planner.split import (
@@ -21,7 +22,7 @@ from dc_megatron.planner.split import (
     stage_costs,
     stages_of_layout,
 )
-from dc_megatron.training.arguments import sharding_argv, typed_options
+from dc_megatron.training.arguments import StepPlan, sharding_argv, typed_options
 from dc_megatron.training.data_plan import Data
 from dc_megatron.training.run import Checked
 from dc_megatron.training.settings import RunSettings
@@ -46,47 +47,39 @@ class Chosen:
         return [*self.words, *(word for name, values in kept.items() for word in (name, *values))]
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """One micro-batch of one rank. length: positions of a sample as attention sees them (mean of squares over mean)."""
-
-    positions: float
-    most_positions: int
-    images: float
-    most_images: float
-    supervised: float
-    length: float
-
-
 def refuse_impossible_auto(settings: RunSettings, language: LanguageConfig, typed: list[str]) -> None:
     """UserError for pipeline sizes that cannot be split; before the data is looked at."""
     if settings.pipeline_split == "auto":
-        virtual = _virtual_stages(typed_options(typed), settings, language)
+        virtual = virtual_stages(typed_options(typed), settings, language)
         refuse_too_few_layers(language.num_hidden_layers, settings.pipeline_model_parallel_size, virtual)
 
 
 def choose(checked: Checked, data: Data, gpu_memory_bytes: int | None) -> Chosen:
     """Decide whatever is ``auto``. gpu_memory_bytes: of this process's GPU, None on a CPU."""
-    settings = checked.settings
-    if "auto" not in (settings.recompute, settings.pipeline_split):
+    if "auto" not in (checked.settings.recompute, checked.settings.pipeline_split):
         return Chosen()
-    translation = checked.translation
-    sharding = sharding_argv(translation, data.steps.data_parallel_size, gpu_memory_bytes is not None)
+    batch = micro_batch(data, packed=checked.settings.packing != "none")
+    return choose_for(checked, data.steps, batch, gpu_memory_bytes)
+
+
+def choose_for(checked: Checked, steps: StepPlan, batch: MicroBatch, gpu_memory_bytes: int | None) -> Chosen:
+    """The same for micro-batches like ``batch``."""
+    settings, translation = checked.settings, checked.translation
+    sharding = sharding_argv(translation, steps.data_parallel_size, gpu_memory_bytes is not None)
     typed = typed_options([*sharding, *translation.megatron_argv])
-    batch = micro_batch(data, packed=settings.packing != "none")
-    virtual = _virtual_stages(typed, settings, checked.language)
+    virtual = virtual_stages(typed, settings, checked.language)
     words, replaced, notes, stages = (), (), [], None
     if settings.pipeline_split == "auto":
-        split = _split(checked, data, batch, virtual)
+        split = _split(checked, steps, batch, virtual)
         stages, words = split.stages, split.words
         replaced = _VIRTUAL if "--pipeline-model-parallel-layout" in words else ()
-        notes.append(_split_note(split, data.steps.accumulation_steps))
+        notes.append(_split_note(split, steps.accumulation_steps))
     if settings.recompute == "auto":
         if gpu_memory_bytes is None:
             notes.append("--recompute auto: none, since there is no GPU here whose memory could be too small")
         else:
             stages = stages or typed_stages(typed, settings, checked.language, virtual)
-            run = _run(checked, data, batch, stages, typed)
+            run = planned_run(checked, steps, batch, stages, typed)
             recompute = choose_recompute(run, batch.length, gpu_memory_bytes)
             words += recompute.words
             notes.append(f"--recompute auto: {recompute.why}")
@@ -107,7 +100,7 @@ def micro_batch(data: Data, packed: bool) -> MicroBatch:
     return MicroBatch(positions, most, micro * images, micro * most_images, supervised * positions, length)
 
 
-def _split(checked: Checked, data: Data, batch: MicroBatch, virtual: int) -> PipelineSplit:
+def _split(checked: Checked, steps: StepPlan, batch: MicroBatch, virtual: int) -> PipelineSplit:
     settings = checked.settings
     costs = stage_costs(
         checked.language,
@@ -122,7 +115,7 @@ def _split(checked: Checked, data: Data, batch: MicroBatch, virtual: int) -> Pip
         tower_on_all_stages=settings.vision_tower_stages == "all",
     )
     layers, pipeline = checked.language.num_hidden_layers, settings.pipeline_model_parallel_size
-    return balanced_split(costs, layers, pipeline, data.steps.accumulation_steps, virtual)
+    return balanced_split(costs, layers, pipeline, steps.accumulation_steps, virtual)
 
 
 def _split_note(split: PipelineSplit, micro_batches: int) -> str:
@@ -140,7 +133,10 @@ def _split_note(split: PipelineSplit, micro_batches: int) -> str:
     )
 
 
-def _run(checked: Checked, data: Data, batch: MicroBatch, stages: tuple, typed: Mapping[str, list[str]]) -> Run:
+def planned_run(
+    checked: Checked, steps: StepPlan, batch: MicroBatch, stages: tuple, typed: Mapping[str, list[str]]
+) -> Run:
+    """What the planner needs of a run. typed: Megatron's options."""
     settings = checked.settings
     return Run(
         language=checked.language,
@@ -151,11 +147,14 @@ def _run(checked: Checked, data: Data, batch: MicroBatch, stages: tuple, typed: 
         positions=batch.most_positions,
         images=batch.most_images,
         stages=stages,
-        micro_batches=data.steps.accumulation_steps,
+        micro_batches=steps.accumulation_steps,
         tensor=settings.tensor_model_parallel_size,
-        data=data.steps.data_parallel_size,
+        data=steps.data_parallel_size,
         sequence_parallel=settings.sequence_parallel,
         tower_on_all_stages=settings.vision_tower_stages == "all",
+        newline=checked.tiling.has_newline,
+        lora_rank=checked.lora.r if checked.lora else 0,
+        bucketed="--overlap-grad-reduce" in typed,
     )
 
 
@@ -187,7 +186,7 @@ def numbers(settings: RunSettings, typed: Mapping[str, list[str]]) -> Numbers:
     )
 
 
-def _virtual_stages(typed: Mapping[str, list[str]], settings: RunSettings, language: LanguageConfig) -> int:
+def virtual_stages(typed: Mapping[str, list[str]], settings: RunSettings, language: LanguageConfig) -> int:
     """Chunks of a pipeline stage. UserError where the layers of one are given and do not come out even."""
     by_number, by_layers = _VIRTUAL
     if by_number in typed:

@@ -61,7 +61,7 @@ def make_dataset_provider(
 def _micro_batches(
     data: Data | Validation, vision: VisionConfig, args, decodes: bool, start_row: int, dealt: bool = False
 ) -> MicroBatches:
-    """This rank's micro-batches of ``data``; pixels where it ``decodes``, maybe ``dealt`` over the ranks of all stages."""
+    """This rank's micro-batches of ``data``; pixels where it ``decodes``, ``dealt``: over the ranks of all stages."""
     tensor = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_world_size(),

@@ -61,7 +61,7 @@ def train(checked: run.Checked) -> None:
         if validation is not None:
             _say_validation(checked, validation)
     patches.apply(training=True)
-    args = _parse(words, checked)
+    args = parse(words, checked)
     _pretrain(checked, args, data, validation, words)
 
 
@@ -185,7 +185,7 @@ def _say_validation(checked: run.Checked, validation: Validation) -> None:
     )
 
 
-def _parse(words: list[str], checked: run.Checked):
+def parse(words: list[str], checked: run.Checked):
     """Megatron's arguments. It asserts what it does not like; the words of the assertion are what the user needs.
 
     The model's config, which the engine makes only later, has doubts of its own.

@@ -367,6 +367,14 @@ _OUTPUT = (
         "pictures in TensorBoard with the model's words, at every checkpoint and evaluation",
         OUTPUT,
     ),
+    Flag(
+        "dry-run",
+        bool,
+        False,
+        "build every distinct rank of the job without memory, weights, data or GPU, check and count it, and stop;"
+        " a known model's name may stand where its folder is not there",
+        OUTPUT,
+    ),
 )
 
 _EPOCH = {"epoch": "not available yet; use steps with --eval_steps, or no"}

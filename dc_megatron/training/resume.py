@@ -77,6 +77,11 @@ def choose_start(translation: Translation) -> Start:
     return Start([*words, "--ckpt-step", str(iteration)], notes, loads=True, folder=load, iteration=iteration)
 
 
+def starts_from_nothing(translation: Translation) -> Start:
+    """A run that reads no weights: a dry run's."""
+    return Start(_without(translation.megatron_argv, "--load", "--finetune", "--ckpt-step"), [])
+
+
 def _resume(folder: str, iteration: int, words: list[str], notes: list[str]) -> Start:
     position = checkpoint_folder.read_manifest(folder, iteration).content
     return Start(

@@ -14,8 +14,10 @@ from dc_megatron.config import (
     LoraConfig,
     VisionConfig,
     check_parallel_layout,
+    language_shape,
     layer_table,
     tiling_of_flags,
+    vision_shape,
 )
 from dc_megatron.data.image_store import open_store
 from dc_megatron.data.sources import read_sources
@@ -29,6 +31,7 @@ from dc_megatron.training.resume import (
     refuse_another_batch,
     refuse_another_model,
     refuse_other_groups,
+    starts_from_nothing,
 )
 from dc_megatron.training.settings import RunSettings
 
@@ -68,8 +71,7 @@ def check(argv: list[str], world_size: int) -> Checked:
     """
     translation = translate(argv, required=REQUIRED_FOR_TRAINING)
     settings = translation.settings
-    language = LanguageConfig.from_folder(settings.model_name_or_path)
-    vision = VisionConfig.from_folder(settings.vision_tower)
+    language, vision = _shapes(settings)
     connector = ConnectorConfig(
         settings.mm_dense_connector_type, settings.mm_projector_type, settings.mm_vision_select_layer
     )
@@ -88,12 +90,12 @@ def check(argv: list[str], world_size: int) -> Checked:
     )
     # One row stands for the data set, whose size is not known yet: unpacked batches do not depend on it.
     plan = plan_steps(settings, 1, world_size)
-    sources = _sources(settings.data_path, settings.image_folder, ("--data_path", "--image_folder"))
+    sources = _sources(settings.data_path, settings.image_folder, ("--data_path", "--image_folder"), settings.dry_run)
     held_out = _validation_sources(settings)
     projector = settings.pretrain_mm_mlp_adapter
-    if projector and not os.path.exists(projector):
+    if projector and not settings.dry_run and not os.path.exists(projector):
         raise UserError(f"--pretrain_mm_mlp_adapter {projector}: no such file")
-    start = choose_start(translation)
+    start = starts_from_nothing(translation) if settings.dry_run else choose_start(translation)
     if settings.packing == "none":
         refuse_another_batch(start, plan.global_batch_size)
     refuse_other_groups(start, settings)
@@ -101,6 +103,13 @@ def check(argv: list[str], world_size: int) -> Checked:
         refuse_other_adapters(start.folder, lora_of(settings), settings.lora_weight_path, start.resumes)
     refuse_another_model(start, language, vision, connector, tiling, bool(projector))
     return Checked(translation, language, vision, connector, tiling, sources, start, held_out)
+
+
+def _shapes(settings: RunSettings) -> tuple[LanguageConfig, VisionConfig]:
+    """Of the folders; a dry run also takes the preset that is called as a folder that is not there."""
+    if settings.dry_run:
+        return language_shape(settings.model_name_or_path), vision_shape(settings.vision_tower)
+    return LanguageConfig.from_folder(settings.model_name_or_path), VisionConfig.from_folder(settings.vision_tower)
 
 
 def _tiling(settings: RunSettings, vision: VisionConfig, connector: ConnectorConfig) -> ImageTiling:
@@ -128,7 +137,7 @@ def _validation_sources(settings: RunSettings) -> tuple[DataSource, ...]:
     folders = settings.eval_image_folder or settings.image_folder[:1]
     if not settings.eval_image_folder and len(set(settings.image_folder)) > 1:
         raise UserError("--eval_data_path: --image_folder names several folders; say which: --eval_image_folder DIR")
-    sources = _sources(settings.eval_data_path, folders, ("--eval_data_path", "--eval_image_folder"))
+    sources = _sources(settings.eval_data_path, folders, ("--eval_data_path", "--eval_image_folder"), settings.dry_run)
     for source in sources:
         if source.weight != 1:
             raise UserError(
@@ -137,13 +146,16 @@ def _validation_sources(settings: RunSettings) -> tuple[DataSource, ...]:
     return sources
 
 
-def _sources(paths: tuple[str, ...], folders: tuple[str, ...], flags: tuple[str, str]) -> tuple[DataSource, ...]:
+def _sources(
+    paths: tuple[str, ...], folders: tuple[str, ...], flags: tuple[str, str], dry_run: bool
+) -> tuple[DataSource, ...]:
     """The data sources, whose files and folders are there (tar shards and addresses are opened with the data).
 
-    flags: that ``paths`` and ``folders`` are the words of.
+    flags: that ``paths`` and ``folders`` are the words of. A dry run looks at none of them; only a YAML file has to be
+    there.
     """
     sources = read_sources(paths, folders, flags)
-    for source in sources:
+    for source in () if dry_run else sources:
         if not os.path.isfile(source.data_path):
             raise UserError(f"{flags[0]} {source.data_path}: no such file")
         if not source.image_folder.endswith(".tar") and "://" not in source.image_folder:

@@ -90,6 +90,7 @@ class RunSettings:
     eval_strategy: str | None
     eval_steps: int
     eval_iters: int | None
+    dry_run: bool
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
     pipeline_split: str

@@ -13,7 +13,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "flags.md"
 OURS = (
     *("trainable", "packing", "data-order", "image-backend", "max-bad-sample-rate", "index-folder"),
     *("loss-reduction", "log-images", "verify-checkpoint", "fp8-check-interval"),
-    *("recompute", "pipeline-split", "vision-tower-stages", "vision_tower_lr"),
+    *("recompute", "pipeline-split", "vision-tower-stages", "vision_tower_lr", "dry-run"),
     *("eval_data_path", "eval_image_folder"),
 )
 # Flags that keep the meaning they have in Megatron, under Megatron's name.

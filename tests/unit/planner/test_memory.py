@@ -94,10 +94,9 @@ def test_a_tower_on_all_stages_weighs_on_each_and_keeps_the_features_of_a_step_o
 @pytest.mark.parametrize("stage", [1, 2])
 def test_recomputing_keeps_less(stage):
     plain = run(stage)
-    kept = [
-        stage_memory(plain, 0, way).activations
-        for way in (Recompute(), Recompute("selective"), Recompute("full", 31), Recompute("full", 32))
-    ]
+    ways = (Recompute(), Recompute("selective"), Recompute("full", 31), Recompute("full", 32))
+    memories = [stage_memory(plain, 0, way) for way in ways]
+    kept = [memory.activations + memory.images for memory in memories]
     assert kept == sorted(kept, reverse=True)
     # Inputs of 32 layers, the final norm's, and what the connector keeps.
     layer_input = 8192 * 4096 * 2

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dc_megatron.config import ConnectorConfig, VisionConfig
+from dc_megatron.config import ConnectorConfig, VisionConfig, image_tiling
 from dc_megatron.errors import UserError
 from dc_megatron.planner.memory import Numbers
 from dc_megatron.runtime import device
@@ -44,6 +44,7 @@ def checked(line: str, **shape) -> SimpleNamespace:
         language=replace(LLAMA, **shape),
         vision=VISION,
         connector=ConnectorConfig("none"),
+        tiling=image_tiling(VISION, ConnectorConfig("none")),
         start=SimpleNamespace(words=translation.megatron_argv),
     )
 

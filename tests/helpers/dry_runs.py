@@ -1,0 +1,85 @@
+"""Many dry runs in one process of their own: ``python -m tests.helpers.dry_runs`` reads cases and writes results.
+
+The process plays ranks of fake worlds, so it can be neither pytest's nor a worker's of ``worker_pool``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = (
+    "GPUS_PER_NODE",
+    "NNODES",
+    "LOCAL_RANK",
+    "RANK",
+    "WORLD_SIZE",
+    "MODEL",
+    "DATA",
+    "OUTPUT",
+    "CUDA_VISIBLE_DEVICES",
+)
+
+
+def recipe_flags(recipe: Path, *flags: str, **environment: str) -> tuple[list[str], int]:
+    """(the flags that a recipe gives, processes that it would start) with ``environment`` on a machine of 8 GPUs."""
+    from dc_megatron.training.printed_argv import read_printed
+
+    clean = {k: v for k, v in os.environ.items() if k not in OURS}
+    clean |= {"DC_PRINT_ARGV": "1", "GPUS_PER_NODE": "8", **environment}
+    done = subprocess.run(
+        ["bash", str(recipe), *flags], capture_output=True, text=True, cwd=ROOT, env=clean, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return read_printed(done.stdout)
+
+
+def run_all(cases: dict[str, tuple[list[str], int]], folder: Path) -> dict[str, dict]:
+    """Of each (flags, processes): "seconds" of processor time, and "ranks", "stages", ... of DryRun, or "error"."""
+    given, found = folder / "cases.json", folder / "results.json"
+    given.write_text(json.dumps(cases))
+    environment = {k: v for k, v in os.environ.items() if k not in OURS} | {"DC_DEVICE": "cpu"}
+    command = [sys.executable, "-m", "tests.helpers.dry_runs", str(given), str(found)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(found.read_text())
+
+
+def _one(flags: list[str], processes: int) -> dict:
+    import time
+
+    from dc_megatron.errors import UserError
+    from dc_megatron.training.dry_report import as_text
+    from dc_megatron.training.dry_run import rehearse
+    from dc_megatron.training.run import check
+
+    start = time.process_time()
+    try:
+        checked = check([*flags, "--dry-run"], processes)
+        done = rehearse(checked, processes)
+        result = {**asdict(done), "text": as_text(checked, done, processes)}
+    except (UserError, AssertionError) as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    return {**result, "seconds": time.process_time() - start}
+
+
+def main(given: str, found: str) -> None:
+    from dc_megatron.runtime import patches
+
+    patches.apply(training=True)
+    # The engine's modules are imported before the clock of the first case runs.
+    import megatron.training.training  # noqa: F401
+
+    import dc_megatron.training.dry_run  # noqa: F401
+
+    cases = json.loads(Path(given).read_text())
+    Path(found).write_text(json.dumps({name: _one(*case) for name, case in cases.items()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
