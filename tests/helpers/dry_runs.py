@@ -23,6 +23,10 @@ OURS = (
     "DATA",
     "OUTPUT",
     "CUDA_VISIBLE_DEVICES",
+    "PRESET",
+    "DATASET",
+    "TENSOR_PARALLEL",
+    "PIPELINE_PARALLEL",
 )
 
 
@@ -54,6 +58,7 @@ def _one(flags: list[str], processes: int) -> dict:
     import time
 
     from dc_megatron.errors import UserError
+    from dc_megatron.planner.memory import largest_stage
     from dc_megatron.training.dry_report import as_text
     from dc_megatron.training.dry_run import rehearse
     from dc_megatron.training.run import check
@@ -62,7 +67,8 @@ def _one(flags: list[str], processes: int) -> dict:
     try:
         checked = check([*flags, "--dry-run"], processes)
         done = rehearse(checked, processes)
-        result = {**asdict(done), "text": as_text(checked, done, processes)}
+        largest = largest_stage(done.run, done.recompute).total
+        result = {**asdict(done), "text": as_text(checked, done, processes), "gigabytes": largest / 1e9}
     except (UserError, AssertionError) as error:
         result = {"error": f"{type(error).__name__}: {error}"}
     return {**result, "seconds": time.process_time() - start}

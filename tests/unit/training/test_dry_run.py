@@ -22,6 +22,18 @@ from tests.helpers.dry_runs import OURS, ROOT, recipe_flags, run_all
 HELPERS = {"launch.sh", "gpus.sh", "defaults.sh", "quickstart.sh"}
 RECIPES = sorted(path for path in (ROOT / "examples").glob("*.sh") if path.name not in HELPERS)
 
+# Every recipe on 64 GPUs, and those for all models with each model on the fewest GPUs that its division takes.
+NODES = {"NNODES": "8"}
+MODELS = ("phi-2", "vicuna-7b", "vicuna-13b", "llama3-8b", "llama3-70b", "hermes-2-yi-34b")
+FEWEST = {"finetune_dc.sh": {"llama3-70b": "4", "hermes-2-yi-34b": "2"}, "pretrain_dc.sh": {}, "finetune_lora.sh": {}}
+FULL_SIZE = {path.name: (path, NODES) for path in RECIPES}
+SMALLER = {
+    f"{recipe} {model}": (ROOT / "examples" / recipe, {"PRESET": model, "NNODES": nodes.get(model, "1")})
+    for recipe, nodes in FEWEST.items()
+    for model in MODELS
+}
+FULL_SIZE |= {name: case for name, case in SMALLER.items() if name.startswith("finetune_dc.sh")}
+
 _COMMON = "--data_path absent.json --image_folder absent --bf16 True --per_device_train_batch_size 4 "
 
 
@@ -105,18 +117,24 @@ def results(tmp_path_factory) -> dict[str, dict]:
     more = "--version v1 --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 2"
     flags = shlex.split(f"--model_name_or_path {tied} --vision_tower {CLIP} {_COMMON} {more}")
     cases = {name: (given or flags, processes) for name, (given, processes) in LAYOUTS.items()}
-    cases |= {path.name: recipe_flags(path) for path in RECIPES}
+    cases |= {name: recipe_flags(path, **variables) for name, (path, variables) in FULL_SIZE.items()}
     cases["planned"] = _planned()
     return run_all(cases, folder)
 
 
-@pytest.mark.parametrize("recipe", [path.name for path in RECIPES])
+@pytest.mark.parametrize("recipe", FULL_SIZE)
 def test_every_recipe_at_its_full_size(results, recipe):
     done = results[recipe]
     assert "error" not in done, done["error"]
     assert done["seconds"] < 2
     assert done["tensors"][0] > 200
     assert "have their places" in done["text"]
+
+
+@pytest.mark.parametrize("recipe", [name for name in FULL_SIZE if "v100" not in name])
+def test_every_recipe_fits_its_gpus_by_the_planners_estimate(results, recipe):
+    """80 GB each. What is exact of it (weights, gradients, optimizer) the dry run has compared already."""
+    assert results[recipe]["gigabytes"] < 76
 
 
 def _planned() -> tuple[list[str], int]:
@@ -204,9 +222,18 @@ def test_the_launcher_knows_a_dry_run(flags, starts):
 
 
 @pytest.mark.long
+def test_stage_1_and_lora_of_every_model(tmp_path):
+    names = [name for name in SMALLER if name not in FULL_SIZE]
+    done = run_all({name: recipe_flags(SMALLER[name][0], **SMALLER[name][1]) for name in names}, tmp_path)
+    for name in names:
+        assert "error" not in done[name], f"{name}: {done[name]['error']}"
+        assert done[name]["gigabytes"] < 76, name
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", [path.name for path in RECIPES])
 def test_a_recipe_alone_takes_25_seconds_and_two_gigabytes(recipe):
-    environment = {k: v for k, v in os.environ.items() if k not in OURS} | {"GPUS_PER_NODE": "8"}
+    environment = {k: v for k, v in os.environ.items() if k not in OURS} | {"GPUS_PER_NODE": "8", **NODES}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.monotonic()
     done = subprocess.run(
