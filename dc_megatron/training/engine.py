@@ -257,6 +257,7 @@ def _pretrain(
     from dc_megatron.training.dataset_provider import make_dataset_provider
     from dc_megatron.training.forward_step import make_forward_step
     from dc_megatron.training.model_provider import make_model_provider
+    from dc_megatron.training.session import Session
     from dc_megatron.training.stall_watch import StallWatch
     from dc_megatron.training.step_images import StepImages
 
@@ -265,7 +266,7 @@ def _pretrain(
     if args.save and args.rank == 0:
         os.makedirs(args.save, exist_ok=True)
         write_json(os.path.join(args.save, "resolved_config.json"), run.resolved(checked, words))
-    session = engine_hooks.Session(
+    session = Session(
         checked=checked,
         plan_hash=data.plan_hash,
         images_of_an_epoch=data.index.summary.images,

@@ -69,11 +69,11 @@ def asked_to_load(folder: str, iteration: int | None, load_dir: str | None = Non
 
     from megatron.training import checkpointing
 
-    from dc_megatron.training import engine_hooks
+    from dc_megatron.training import checkpoint_hooks
     from dc_megatron.training.resume import Start
 
     session = SimpleNamespace(checked=SimpleNamespace(start=Start([], [], True, folder=folder, iteration=iteration)))
-    hook = engine_hooks._load_hook(lambda *a, **k: "left to the engine", session)
+    hook = checkpoint_hooks.load_hook(lambda *a, **k: "left to the engine", session)
     told = []
     with (
         mock.patch.object(checkpointing, "set_loaded_iteration", told.append),
@@ -101,10 +101,10 @@ def asked_to_load(folder: str, iteration: int | None, load_dir: str | None = Non
 
 def told_of_a_save() -> tuple:
     """What Weights & Biases is told, when the save hook lets it."""
-    from dc_megatron.training import engine_hooks
+    from dc_megatron.training import checkpoint_hooks
 
     session, told = SimpleNamespace(saved_elsewhere=None), []
-    hook = engine_hooks._artifact_hook(lambda *a: told.append(a), session)
+    hook = checkpoint_hooks.artifact_hook(lambda *a: told.append(a), session)
     hook("run/.saving-iter_0000004/iter_0000004", "run/.saving-iter_0000004/latest", "run/.saving-iter_0000004", 4)
     assert told == []
     session.saved_elsewhere("run", "run/iter_0000004")
@@ -113,7 +113,7 @@ def told_of_a_save() -> tuple:
 
 def bad_images(rate: float, images_of_an_epoch: int, steps: list[tuple[int, int]]) -> tuple[int, str]:
     """Steps of (images, replaced ones) that pass, and what is said at the one that does not."""
-    from dc_megatron.training.engine_hooks import BadImages
+    from dc_megatron.training.step_hooks import BadImages
 
     limit = BadImages(rate, images_of_an_epoch)
     for number, (images, bad) in enumerate(steps):
@@ -149,8 +149,8 @@ def installed_and_removed() -> dict[str, bool]:
 
 def part_rates(flags: list[str], groups: list[dict]) -> dict[str, float]:
     """What metrics.jsonl says of the learning rates of ``groups`` in a run with ``flags``."""
-    from dc_megatron.training import engine_hooks
+    from dc_megatron.training import step_hooks
     from dc_megatron.training.argv import translate
 
     checked = SimpleNamespace(settings=translate(flags).settings)
-    return engine_hooks.part_rates(SimpleNamespace(checked=checked, optimizer=SimpleNamespace(param_groups=groups)))
+    return step_hooks.part_rates(SimpleNamespace(checked=checked, optimizer=SimpleNamespace(param_groups=groups)))

@@ -132,18 +132,19 @@ def _checked(folder: str, llama: str, clip: str):
 
 def save(folder: str, iteration: int, tree: str, models: tuple[str, str], stops: Stops, exchanges: bool = True) -> None:
     """One save of ``tree`` as ``iteration`` through the hook."""
-    from dc_megatron.training import engine_hooks
+    from dc_megatron.training import checkpoint_hooks
+    from dc_megatron.training.session import Session
 
     args = SimpleNamespace(save=folder, consumed_train_samples=8, global_batch_size=4)
     checked = _checked(folder, *models)
     checked.start = SimpleNamespace(resumes=False, iteration=None, folder="")
-    session = engine_hooks.Session(
+    session = Session(
         checked, "plan", 0, 0, None, SimpleNamespace(lap=lambda: None), SimpleNamespace(alive=lambda: None), []
     )
-    hook = engine_hooks._save_hook(_Engine(args, tree, stops).save_checkpoint, session)
+    hook = checkpoint_hooks.save_hook(_Engine(args, tree, stops).save_checkpoint, session)
     model = [SimpleNamespace(connector=_Connector(), image_newline=None, tower_is_stored=False)]
     os.makedirs(folder, exist_ok=True)
-    with mock.patch.object(engine_hooks, "get_args", return_value=args), stops.installed(exchanges):
+    with mock.patch.object(checkpoint_hooks, "get_args", return_value=args), stops.installed(exchanges):
         try:
             hook(iteration, model)
         finally:

@@ -19,11 +19,16 @@ from tests.helpers import flag_tables
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-RECIPES = ("examples/pretrain_dc.sh", "examples/finetune_dc.sh")
+RECIPES = tuple(
+    sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.sh") if "#PYTHON" in path.read_text())
+)
+SHARED = ("examples/launch.sh", "examples/defaults.sh")
 # Flags in the pages that belong to other programs.
 FOREIGN = {
     *("--help", "--help-megatron", "--nproc-per-node", "--parent", "--check"),
     *("--all", "--gpu"),  # tests/run.sh, tools/setup_env.sh
+    "--nodes",  # sbatch
+    *("--freeze-LM", "--freeze-ViT"),  # Megatron-LM's own multimodal example
     *("--num_processes", "--model", "--model_args", "--tasks", "--output_path"),  # lmms-eval
 }
 
@@ -135,11 +140,11 @@ def test_the_page_of_flags_is_the_table():
 
 
 def test_readme_lists_the_variables_of_the_recipes():
-    recipes = "".join((ROOT / name).read_text(encoding="utf-8") for name in (*RECIPES, "examples/launch.sh"))
+    recipes = "".join((ROOT / name).read_text(encoding="utf-8") for name in (*RECIPES, *SHARED))
     read = set(re.findall(r"\$\{([A-Z][A-Z_0-9]+):[-?]", recipes))
     # What torchrun and the launcher set, and what is explained elsewhere.
     read -= set(shlex.split("LOCAL_RANK LOCAL_WORLD_SIZE WORLD_SIZE RANK DC_TORCHRUN_PYTHON DC_PRINT_ARGV PYTHONPATH"))
-    read -= {"OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS"}
+    read -= {"OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "SLURM_JOB_ID"}
     rows = re.findall(r"^\| ((?:`[A-Z_0-9]+`(?:, )?)+) \|", README.read_text(encoding="utf-8"), re.MULTILINE)
     listed = set(re.findall(r"`([A-Z_0-9]+)`", " ".join(rows)))
     assert listed == read

@@ -116,7 +116,7 @@ def test_slurm_starts_the_recipe_once_a_node(cluster):
     command = ["bash", "examples/slurm.sbatch", "examples/finetune_yi_34b.sh", "--max_steps", "3"]
     done = subprocess.run(command, cwd=ROOT, env=cluster | {"DC_PRINT_ARGV": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("--max_steps 3") == 2
+    assert done.stdout.count("\n--max_steps 3\n") == 2
     assert done.stdout.count("--per_device_train_batch_size 8\n") == 2, "128 samples over 16 GPUs"
     missing = subprocess.run(
         ["bash", "examples/slurm.sbatch", "no.sh"], cwd=ROOT, env=cluster, capture_output=True, text=True

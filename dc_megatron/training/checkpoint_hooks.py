@@ -1,0 +1,165 @@
+"""Around the engine's saving and loading: what counts as a checkpoint, and what is written beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from megatron.core.utils import unwrap_model
+from megatron.training import checkpointing, get_args, get_tensorboard_writer, print_rank_0
+
+from dc_megatron.errors import UserError
+from dc_megatron.training.model_provider import trained_connector
+from dc_megatron.training.parameter_groups import fill_moments
+from dc_megatron.training.resume import what_learns
+from dc_megatron.training.session import Session
+from dc_megatron.weights import checkpoint_folder
+from dc_megatron.weights.frozen_base import hash_base
+from dc_megatron.weights.projector_files import write_projector
+from dc_megatron.weights.staged_iteration import StagedIteration
+
+
+def save_hook(original: Callable, session: Session) -> Callable:
+    """``save_checkpoint`` beside the iteration's place, and the rename that puts it there when all of it is on disk."""
+
+    def save_checkpoint(iteration, model, *args, **kwargs):
+        start, engine, rank = session.checked.start, get_args(), torch.distributed.get_rank()
+        folder = engine.save
+        own = os.path.realpath(start.folder) == os.path.realpath(folder)
+        if start.resumes and start.iteration == iteration and own:
+            # A finished run that was started again has trained nothing; its checkpoint is complete already.
+            return None
+        staged = StagedIteration(folder, iteration)
+        session.stall.alive()
+        if rank == 0:
+            staged.begin()
+        torch.distributed.barrier()
+        engine.save = staged.root
+        fill_moments(session.optimizer)
+        try:
+            result = original(iteration, model, *args, **kwargs)
+        finally:
+            engine.save = folder
+        _hash_base(session)
+        digests: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(digests, staged.digests_of_rank(rank))
+        if rank == 0:
+            _write_side_files(session, folder, unwrap_model(model))
+            staged.publish(_position(session), {name: own[name] for own in digests for name in own})
+            print(f"checkpoint of iteration {iteration} is complete: {staged.place}", flush=True)
+        if session.pictures is not None:
+            session.pictures.write(model[0], iteration, get_tensorboard_writer())
+        if session.saved_elsewhere is not None:
+            session.saved_elsewhere(folder, staged.place)
+            session.saved_elsewhere = None
+        session.stall.alive()
+        session.clock.lap()
+        return result
+
+    return save_checkpoint
+
+
+def _hash_base(session: Session) -> None:
+    """Hash the model below adapters, once a run: all ranks together."""
+    settings = session.checked.settings
+    if session.checked.lora is None or session.base_files is not None:
+        return
+    found: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, hash_base(settings.model_name_or_path))
+    session.base_files = {name: own[name] for own in found for name in own}
+    for own in found:
+        for name, digest in own.items():
+            if session.base_files[name] != digest:
+                raise UserError(f"--model_name_or_path {settings.model_name_or_path}: {name} differs between nodes")
+
+
+def _write_side_files(session: Session, folder: str, chunks: list) -> None:
+    checked, settings = session.checked, session.checked.settings
+    if session.tower_hash is None:
+        session.tower_hash = checkpoint_folder.hash_folder_weights(settings.vision_tower)
+    connector = trained_connector(chunks)
+    if connector is not None:
+        write_projector(
+            folder,
+            connector,
+            checked.connector,
+            checked.vision,
+            tower_hash=session.tower_hash,
+            tower_trained=chunks[0].tower_is_stored,
+        )
+    description = checkpoint_folder.CheckpointDescription(
+        vision_tower=settings.vision_tower,
+        vision_tower_hash=session.tower_hash,
+        mm_dense_connector_type=settings.mm_dense_connector_type,
+        mm_projector_type=settings.mm_projector_type,
+        mm_vision_select_layer=settings.mm_vision_select_layer,
+        version=settings.version,
+        image_aspect_ratio=settings.image_aspect_ratio,
+        model_max_length=settings.model_max_length,
+        image_grid_pinpoints=[list(size) for size in checked.tiling.pinpoints] or None,
+        mm_patch_merge_type=checked.tiling.merge,
+        **_adapters_described(session),
+    )
+    checkpoint_folder.write_side_files(folder, settings.model_name_or_path, description)
+
+
+def _adapters_described(session: Session) -> dict:
+    lora = session.checked.lora
+    if lora is None:
+        return {}
+    return {
+        "lora_r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "language_model": session.checked.settings.model_name_or_path,
+        "language_model_files": session.base_files,
+    }
+
+
+def _position(session: Session) -> dict:
+    """What the manifest says about an iteration besides its files."""
+    engine = get_args()
+    return {
+        "plan_hash": session.plan_hash,
+        "consumed_samples": engine.consumed_train_samples,
+        "consumed_tokens": dict(session.consumed_tokens),
+        "global_batch_size": engine.global_batch_size,
+        "learning": what_learns(session.checked.settings),
+    }
+
+
+def load_hook(original: Callable, session: Session) -> Callable:
+    """The engine's choice of a tree, made by what the manifests said.
+
+    The engine believes its tracker instead, even under --ckpt-step: one that is truncated ends the run with status 0,
+    and one that says ``release`` hides every iteration.
+    """
+
+    def _load_base_checkpoint(load_dir, args, rank0=False, sharded_state_dict=None, checkpointing_context=None, **more):
+        start = session.checked.start
+        if not start.loads or load_dir != start.folder:
+            return original(load_dir, args, rank0, sharded_state_dict, checkpointing_context, **more)
+        release = start.iteration is None
+        iteration = start.iteration or 0
+        checkpointing.set_loaded_iteration(iteration)
+        if not rank0:
+            print_rank_0(f" loading {checkpoint_folder.tree_folder(load_dir, start.iteration)}")
+        more.pop("gpt_compat_layer_maps", None)
+        return checkpointing._load_global_dist_base_checkpoint(
+            load_dir, args, rank0, sharded_state_dict, iteration, release, checkpointing_context, **more
+        )
+
+    return _load_base_checkpoint
+
+
+def artifact_hook(original: Callable, session: Session) -> Callable:
+    """Weights & Biases hears of a checkpoint when it is in its place, and of that place."""
+
+    def on_save_checkpoint_success(checkpoint_path, tracker_filename, save_dir, iteration):
+        def tell(folder: str, place: str) -> None:
+            original(place, os.path.join(folder, checkpoint_folder.TRACKER), folder, iteration)
+
+        session.saved_elsewhere = tell
+
+    return on_save_checkpoint_success
