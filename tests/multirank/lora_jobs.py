@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dc_megatron.config import ConnectorConfig, LanguageConfig, LoraConfig, VisionConfig
 from tests.helpers.peft_reference import factors
-from tests.helpers.tiny_models import tiny_clip, tiny_llama, tiny_qwen2
+from tests.helpers.tiny_models import tiny_clip, tiny_llama, tiny_phi, tiny_qwen2
 from tests.multirank import parity
 from tests.multirank.job import Job
 
@@ -18,6 +18,7 @@ def make_folders(root: Path) -> dict[str, str]:
     return {
         "llama": tiny_llama(root / "llama", vocab=1003),
         "qwen2": tiny_qwen2(root / "qwen2", vocab_size=1003, num_hidden_layers=2),
+        "phi": tiny_phi(root / "phi", vocab_size=1003, num_hidden_layers=2),
         "clip": tiny_clip(root / "clip"),
     }
 
