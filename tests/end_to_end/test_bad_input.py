@@ -83,7 +83,7 @@ TYPED = {
         {"trainable": "connector,llm", "tune_mm_mlp_adapter": True},
         ["--trainable connector,llm contradicts --tune_mm_mlp_adapter"],
     ),
-    "a flag of a later version": ({"mm_projector_lr": 1e-5}, ["--mm_projector_lr", "not available yet"]),
+    "a flag of a later version": ({"bits": 4}, ["--bits 4", "not available yet"]),
     "adapters and the whole model": ({"lora_enable": True}, ["--trainable connector,llm contradicts --lora_enable"]),
     "a missing checkpoint folder": ({"load": "nowhere"}, ["--load nowhere", "no such folder"]),
 }

@@ -56,6 +56,7 @@ def killed(workspace, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_bit_for_bit(workspace, killed, tmp_path):
     output = tmp_path / "run"
     copy_of_an_early_save(killed, output)
@@ -75,6 +76,7 @@ def test_a_killed_run_goes_on_bit_for_bit(workspace, killed, tmp_path):
     assert sum(path.stat().st_size for path in tree.glob("*.distcp")) < 4 * 3 * numbers + 2_000_000
 
 
+@pytest.mark.long
 def test_what_it_was_trained_on_and_with_is_refused_if_it_changed(workspace, killed, tmp_path):
     output = tmp_path / "run"
     copy_of_an_early_save(killed, output)

@@ -13,7 +13,7 @@ import pytest
 
 from dc_megatron.weights import checkpoint_folder
 from tests.end_to_end.launch import ROOT, metrics
-from tests.helpers.forked_runs import ForkedRun, ForkedRuns
+from tests.helpers.forked_runs import ForkedRun
 from tests.unit.training.test_launchers import RECIPES
 
 # Recipe -> processes over tensor and pipeline, and the parts that its log says are trained.
@@ -26,11 +26,6 @@ RUNS = {
 }
 FIRST = "pretrain_dc.sh"
 REFUSED_HERE = "finetune_fp8.sh"
-
-
-@pytest.fixture(scope="module")
-def runs() -> ForkedRuns:
-    return ForkedRuns()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +49,7 @@ def words_of(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def train(runs, words_of, workspace, tmp_path_factory):
+def train(forked, words_of, workspace, tmp_path_factory):
     """``train(recipe, division, **environment)``: the folder and the run of two steps on two ranks."""
 
     def run(recipe: str, division: str, **more: str) -> tuple[Path, ForkedRun]:
@@ -65,7 +60,7 @@ def train(runs, words_of, workspace, tmp_path_factory):
         environment |= {"MODEL_MAX_LENGTH": "128", "SEQ_LENGTH": "256", "WORKERS": "1", **more}
         environment |= {"TENSOR_PARALLEL": tensor, "PIPELINE_PARALLEL": pipeline}
         short = ["--max_steps", "2", "--save_strategy", "no", "--log-images", "0", "--report_to", "none"]
-        return folder / "run", runs.run([*words_of(recipe, **environment), *short], 2, folder / "logs")
+        return folder / "run", forked.run([*words_of(recipe, **environment), *short], 2, folder / "logs")
 
     return run
 

@@ -57,10 +57,11 @@ def stored_tower(folder: Path, iteration: int = STEPS) -> dict[str, torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def half(workspace, tmp_path_factory) -> Path:
+def half(workspace, forked, tmp_path_factory) -> Path:
     """In fp16, on one process."""
     output = tmp_path_factory.mktemp("half") / "run"
-    done = train(workspace, output, [sys.executable], **HALF)
+    words = training_flags(workspace, output, **{**RECIPE, **HALF})
+    done = forked.run(words, 1, output / "logs").assert_succeeded()
     assert "learning rates: connector 0.01, vision_tower 0.0001; all else 0.001" in done.output
     return output
 

@@ -95,12 +95,14 @@ def test_a_resumed_run_evaluates_the_same_rows(workspace, held_out, tmp_path):
     assert len(losses[0]) == 2
 
 
-def test_evaluation_during_training(workspace, held_out, tmp_path):
+def test_evaluation_during_training(workspace, held_out, forked, tmp_path):
     """Of the long comparisons the one that every change should pass: an evaluation's loss, pictures and all."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = {"eval_data_path": held_out, "eval_steps": 2, "eval-iters": 1, "max_steps": 2, "save_strategy": "no"}
-    folder = train(workspace, tmp_path / "run", "DP2", **flags)
+    folder = tmp_path / "run"
+    words = training_flags(workspace, folder, **{**LAYOUTS["DP2"][1], "log_images": 2, **flags})
+    forked.run(words, 2, tmp_path / "logs").assert_succeeded()
     steps, evaluations = steps_and_evaluations(folder)
     assert [step["samples"] for step in steps] == [4, 4]
     (line,) = evaluations
