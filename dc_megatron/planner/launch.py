@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 
@@ -45,6 +46,10 @@ def launch_of(job: Job, plan: Plan, stage: str, model: str, vision: str, templat
         "MODEL_MAX_LENGTH": job.max_length,
         "GRADIENT_CHECKPOINTING": "False",
     }
+    run = f"runs/{os.path.basename(os.path.normpath(model))}-{environment['CONNECTOR']}"
+    environment["OUTPUT"] = f"{run}-{stage}"
+    if stage != "pretrain":
+        environment["PROJECTOR"] = f"{run}-pretrain"
     if environment["NNODES"] == 1:
         del environment["NNODES"]
     if job.packed:

@@ -145,7 +145,7 @@ def caveats(job: Job) -> list[str]:
     return [
         "Estimates. Memory: a formula that was fitted to four peaks on one H200 at TP 1 without recomputation; with TP,"
         " PP, DP, LoRA or recomputation it is unmeasured. Parameters, gradient buffers and optimizer states are"
-        " exact, LoRA's by arithmetic alone.",
+        " exact.",
         f"Speed: {DECODER:.1%} of {job.gpu.flops / 1e12:.0f} TFLOP/s, as measured on one H200 (54.8 % of a step, 7B,"
         " bf16, benchmarks/results/7b_stage2_h200.json), and"
         f" {LINK / 1e9:.0f} GB/s between tensor-parallel ranks, assumed; several GPUs are unmeasured.",

@@ -86,9 +86,9 @@ def test_a_tower_on_all_stages_weighs_on_each_and_keeps_the_features_of_a_step_o
     )
     assert everywhere[0].weights == alone[0].weights
     assert everywhere[1].weights - alone[1].weights == pytest.approx(2 * 0.29e9, rel=0.02)
-    # 4 micro-batches of 10 pictures of 576 places of three times 1024 channels.
-    assert everywhere[0].activations - alone[0].activations == 4 * 10 * 576 * 3 * 1024 * 2
-    assert everywhere[1].activations == alone[1].activations
+    # 10 pictures of 576 places of three times 1024 channels, of 4 micro-batches where else 2 are under way.
+    assert everywhere[0].images - alone[0].images == (4 - 2) * 10 * 576 * 3 * 1024 * 2
+    assert everywhere[1].images == alone[1].images == 0
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -176,4 +176,4 @@ def test_the_tool_plans_a_recipe():
     assert (small.returncode, "does not fit" in small.stdout) == (1, True)
     bad = plan("--check", "examples/finetune_dc.sh", GPUS_PER_NODE="8", TENSOR_PARALLEL="3")
     assert bad.returncode == 2
-    assert "--tensor-model-parallel-size 3: does not divide" in bad.stderr
+    assert "divided over 3 x 1 (tensor x pipeline) processes, which do not divide 8" in bad.stderr
