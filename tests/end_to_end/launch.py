@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.forked_runs import ForkedRuns
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ("-m", "dc_megatron.pretrain")
 # What the calling shell may have set for a launch of its own.
@@ -137,6 +139,21 @@ def run(command: list[str], folder: Path, patience: float = PATIENCE, cwd: Path 
     """``command`` to its end."""
     with Launch(command, folder, cwd, **more) as launch:
         return launch.finish(patience)
+
+
+_forked = ForkedRuns()
+
+
+def train_forked(command: list[str], folder: Path) -> Finished:
+    """A training command that has to succeed, to its end, in ranks that are forked (see ``ForkedRuns``).
+
+    For what is not about launching: ``run`` and ``Launch`` start processes as users do.
+    """
+    number = command.index("--nproc-per-node") + 1 if "--nproc-per-node" in command else None
+    start = time.monotonic()
+    argv = command[command.index(TRAIN[1]) + 1 :]
+    done = _forked.run(argv, int(command[number]) if number else 1, folder).assert_succeeded()
+    return Finished(0, done.output, done.errors, time.monotonic() - start)
 
 
 def metrics(folder) -> list[dict]:

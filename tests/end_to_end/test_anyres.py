@@ -18,7 +18,7 @@ from dc_megatron.data.tokenization import IGNORE
 from dc_megatron.inference.exported_processor import ExportedProcessor
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.exporter import export_checkpoint
-from tests.end_to_end.launch import ROOT, TRAIN, metrics, run, torchrun
+from tests.end_to_end.launch import ROOT, TRAIN, metrics, run, torchrun, train_forked
 from tests.helpers.data_files import data_config
 from tests.helpers.workspace import make_workspace, training_flags
 
@@ -55,7 +55,7 @@ def command(workspace, output: Path, **more) -> list[str]:
 @pytest.fixture(scope="module")
 def trained(shapes, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("anyres") / "run"
-    run(command(shapes, output, **TP2), output / "logs").assert_succeeded()
+    train_forked(command(shapes, output, **TP2), output / "logs")
     assert metrics(output)[-1]["iteration"] == STEPS
     return output
 
@@ -121,7 +121,7 @@ def test_a_run_goes_on_at_another_layout(shapes, trained, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(trained, output)
     shutil.rmtree(checkpoint_folder.iteration_folder(output, STEPS))
-    run(command(shapes, output, **PP2), tmp_path / "logs").assert_succeeded()
+    train_forked(command(shapes, output, **PP2), tmp_path / "logs")
     for ours, expected in zip(metrics(output), metrics(trained), strict=True):
         assert ours["loss"] == pytest.approx(expected["loss"], abs=2e-5)
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
@@ -158,7 +158,7 @@ def test_anyres_begins_in_stage_2(shapes, trained, tmp_path):
         "weights": {"load": square, "finetune": True},
     }.items():
         output = tmp_path / name
-        done = run(command(shapes, output, **{**flags, **start}), output / "logs").assert_succeeded()
+        done = train_forked(command(shapes, output, **{**flags, **start}), output / "logs")
         assert "has no image_newline, which anyres trains: it starts anew" in done.output
         assert metrics(output)[0]["iteration"] == 1
     projector, weights = (metrics(tmp_path / name)[0]["loss"] for name in ("projector", "weights"))

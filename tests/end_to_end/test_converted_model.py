@@ -10,7 +10,7 @@ import pytest
 
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.importer import import_checkpoint
-from tests.end_to_end.launch import ROOT, TRAIN, metrics, run, torchrun
+from tests.end_to_end.launch import ROOT, TRAIN, metrics, run, torchrun, train_forked
 from tests.helpers.workspace import training_flags
 
 STEPS = 3
@@ -30,14 +30,14 @@ def stage_1(workspace, imported, tmp_path_factory) -> Path:
     """Stage 1 over it on two ranks: without --finetune, without a projector."""
     output = tmp_path_factory.mktemp("stage1") / "run"
     more = {"tensor-model-parallel-size": 2, "trainable": "connector", "max_steps": STEPS, "load": imported}
-    done = run([*torchrun(2), *TRAIN, *training_flags(workspace, output, **more)], output / "logs").assert_succeeded()
+    done = train_forked([*torchrun(2), *TRAIN, *training_flags(workspace, output, **more)], output / "logs")
     assert f"weights are taken from the converted model in {imported}" in done.output
     return output
 
 
 def test_training_begins_as_from_the_hugging_face_folder(workspace, stage_1, tmp_path):
     flags = training_flags(workspace, tmp_path / "run", trainable="connector", max_steps=STEPS)
-    run([sys.executable, *TRAIN, *flags], tmp_path / "logs").assert_succeeded()
+    train_forked([sys.executable, *TRAIN, *flags], tmp_path / "logs")
     direct, converted = metrics(tmp_path / "run"), metrics(stage_1)
     assert [line["iteration"] for line in converted] == list(range(1, STEPS + 1))
     for ours, theirs in zip(converted, direct, strict=True):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dc_megatron.weights.verify import verify
-from tests.end_to_end.launch import ROOT, TRAIN, metrics, run, torchrun
+from tests.end_to_end.launch import ROOT, TRAIN, metrics, run, torchrun, train_forked
 from tests.helpers.data_files import chatml_tokenizer, llama_3_tokenizer, phi_tokenizer, sentencepiece_tokenizer
 from tests.helpers.tiny_models import tiny_llama, tiny_mistral, tiny_phi, tiny_qwen2, tiny_qwen3
 from tests.helpers.workspace import training_flags
@@ -62,7 +62,7 @@ def test_a_family_trains_resumes_and_leaves(workspace, tmp_path, name):
             micro_batch_size=None, global_batch_size=2, max_steps=steps, log_images=0, save_steps=4,
             learning_rate=3e-3, lr_scheduler_type="constant", **layout,
         )  # fmt: skip
-        done = run([*torchrun(2), *TRAIN, *words], output / f"logs{steps}").assert_succeeded()
+        done = train_forked([*torchrun(2), *TRAIN, *words], output / f"logs{steps}")
         assert ("--hidden-dropout 0.1 drops there" in done.output) == (name == "phi-2")
 
     train(4, **{"tensor-model-parallel-size": 2, "sequence-parallel": True, "recompute": "selective"})

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.end_to_end.launch import TRAIN, metrics, run, torchrun
+from tests.end_to_end.launch import TRAIN, metrics, torchrun, train_forked
 from tests.helpers.workspace import training_flags
 
 pytestmark = pytest.mark.long
@@ -24,7 +24,7 @@ STAGES = {"pipeline-model-parallel-size": 2}
 
 def losses(workspace, output, launcher: list[str], **more) -> list[float]:
     words = training_flags(workspace, output, **RECIPE, **more)
-    run([*launcher, *TRAIN, *words], output / "logs").assert_succeeded()
+    train_forked([*launcher, *TRAIN, *words], output / "logs")
     return [line["loss"] for line in metrics(output)]
 
 

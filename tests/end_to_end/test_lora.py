@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.exporter import export_checkpoint
-from tests.end_to_end.launch import ROOT, TRAIN, Launch, last_iteration, metrics, run, torchrun
+from tests.end_to_end.launch import ROOT, TRAIN, Launch, last_iteration, metrics, run, torchrun, train_forked
 from tests.end_to_end.test_resume import assert_same_steps
 from tests.helpers.workspace import training_flags
 
@@ -60,7 +60,7 @@ def killed(workspace, tmp_path_factory) -> Path:
 def test_a_killed_run_goes_on_bit_for_bit(workspace, killed, tmp_path):
     output = tmp_path / "run"
     copy_of_an_early_save(killed, output)
-    resumed = run(command(workspace, output, **TP2), output / "logs").assert_succeeded()
+    resumed = train_forked(command(workspace, output, **TP2), output / "logs")
     assert f"resuming from iteration {SAVE_STEPS} of {output}" in resumed.output
     assert "trained: connector, lora" in resumed.output
     assert_same_steps(output, killed, SAVE_STEPS, STEPS)
@@ -97,9 +97,9 @@ def test_what_it_was_trained_on_and_with_is_refused_if_it_changed(workspace, kil
 def test_two_tensor_ranks_go_on_as_two_stages(workspace, tmp_path):
     whole, output = tmp_path / "whole", tmp_path / "run"
     more = {"lora_dropout": 0.0}  # masks are drawn for a layout
-    run(command(workspace, whole, **TP2, **more), whole / "logs").assert_succeeded()
+    train_forked(command(workspace, whole, **TP2, **more), whole / "logs")
     copy_of_an_early_save(whole, output)
-    run(command(workspace, output, **PP2, **more), output / "logs").assert_succeeded()
+    train_forked(command(workspace, output, **PP2, **more), output / "logs")
     for ours, theirs in zip(metrics(output), metrics(whole), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5), ours["iteration"]
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5), ours["iteration"]

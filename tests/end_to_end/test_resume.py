@@ -12,7 +12,7 @@ import pytest
 
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.manifest import MANIFEST
-from tests.end_to_end.launch import TRAIN, Launch, last_iteration, metrics, run, torchrun
+from tests.end_to_end.launch import TRAIN, Launch, last_iteration, metrics, run, torchrun, train_forked
 from tests.helpers.workspace import training_flags
 
 STEPS, SAVE_STEPS, KILLED_AFTER = 16, 4, 5
@@ -66,7 +66,7 @@ def leave_half_written(output: Path) -> None:
 def stage_2(workspace, tmp_path_factory) -> Path:
     """The folder of a run that nothing interrupted."""
     output = tmp_path_factory.mktemp("uninterrupted") / "run"
-    run(command(workspace, output, **STAGE_2_TP2), output / "logs").assert_succeeded()
+    train_forked(command(workspace, output, **STAGE_2_TP2), output / "logs")
     assert len(metrics(output)) == STEPS
     return output
 
@@ -77,7 +77,7 @@ def test_after_kill_9_the_same_flags_go_on_bit_for_bit_from_the_newest_complete_
     output = tmp_path / "run"
     kill_after_a_save(workspace, output, **STAGE_2_TP2)
     leave_half_written(output)
-    resumed = run(command(workspace, output, **STAGE_2_TP2), output / "logs").assert_succeeded()
+    resumed = train_forked(command(workspace, output, **STAGE_2_TP2), output / "logs")
     assert "iteration 12, 8 was not written to its end; iteration 4 is taken" in resumed.output
     assert f"resuming from iteration {SAVE_STEPS} of {output}" in resumed.output
     assert_same_steps(output, stage_2, SAVE_STEPS, STEPS)
@@ -97,9 +97,9 @@ def test_after_kill_9_the_same_flags_go_on_bit_for_bit_from_the_newest_complete_
 @pytest.mark.long
 def test_data_parallel_ranks_that_share_the_optimizer_go_on_bit_for_bit(workspace, tmp_path):
     whole, output = tmp_path / "whole", tmp_path / "run"
-    run(command(workspace, whole, **STAGE_2_DP2), whole / "logs").assert_succeeded()
+    train_forked(command(workspace, whole, **STAGE_2_DP2), whole / "logs")
     kill_after_a_save(workspace, output, **STAGE_2_DP2)
-    run(command(workspace, output, **STAGE_2_DP2), output / "logs").assert_succeeded()
+    train_forked(command(workspace, output, **STAGE_2_DP2), output / "logs")
     assert_same_steps(output, whole, SAVE_STEPS, STEPS)
 
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_two_tensor_ranks_goes_on_at_two_pipeline_stages(more, w
     for name in ("hf", checkpoint_folder.iteration_folder("", SAVE_STEPS)):
         shutil.copytree(stage_2 / name, output / name)
     more = {**PACKED, "pipeline-model-parallel-size": 2, "use-distributed-optimizer": True, **more}
-    resumed = run(command(workspace, output, **more), output / "logs").assert_succeeded()
+    resumed = train_forked(command(workspace, output, **more), output / "logs")
     assert f"resuming from iteration {SAVE_STEPS}" in resumed.output
     found, expected = metrics(output), metrics(stage_2)[SAVE_STEPS:]
     assert [line["iteration"] for line in found] == [line["iteration"] for line in expected]
@@ -163,5 +163,5 @@ def test_sigusr1_saves_and_exits_and_a_stage_without_parameters_that_learn_resum
     for name in ("hf", checkpoint_folder.iteration_folder("", SAVE_STEPS)):
         shutil.copytree(stopped / name, output / name)
     shutil.copy(stopped / "metrics.jsonl", output)
-    run(command(workspace, output, **flags), output / "logs").assert_succeeded()
+    train_forked(command(workspace, output, **flags), output / "logs")
     assert_same_steps(output, stopped, SAVE_STEPS, STEPS)

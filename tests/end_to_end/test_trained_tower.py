@@ -18,7 +18,7 @@ from dc_megatron.weights.projector_sources import refuse_other_tower
 from dc_megatron.weights.tensor_reader import read_tensor
 from dc_megatron.weights.torch_dist_tree import TorchDistTree
 from dc_megatron.weights.views import PlainTensors
-from tests.end_to_end.launch import TRAIN, metrics, run, torchrun
+from tests.end_to_end.launch import TRAIN, metrics, torchrun, train_forked
 from tests.helpers.workspace import training_flags
 
 STEPS = 8
@@ -44,7 +44,7 @@ HALF = {"fp16": True, "initial-loss-scale": SCALE, "save_steps": 2}
 
 def train(workspace, output: Path, launcher: list[str], **more):
     flags = training_flags(workspace, output, **{**RECIPE, **more})
-    return run([*launcher, *TRAIN, *flags], output / "logs").assert_succeeded()
+    return train_forked([*launcher, *TRAIN, *flags], output / "logs")
 
 
 def stored_tower(folder: Path, iteration: int = STEPS) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.launch import TRAIN, metrics, run, torchrun
+from tests.end_to_end.launch import TRAIN, metrics, run, torchrun, train_forked
 from tests.helpers.workspace import training_flags
 
 STEPS = 4
@@ -47,7 +47,7 @@ def train(workspace, output: Path, layout: str, **more) -> Path:
     processes, flags = LAYOUTS[layout]
     start = torchrun(processes) if processes > 1 else [sys.executable]
     recipe = {"max_steps": STEPS, "save_steps": STEPS, "log_images": 2, **flags, **more}
-    run([*start, *TRAIN, *training_flags(workspace, output, **recipe)], output / "logs").assert_succeeded()
+    train_forked([*start, *TRAIN, *training_flags(workspace, output, **recipe)], output / "logs")
     return output
 
 
