@@ -13,7 +13,7 @@ def compare(plans: list[str]) -> str:
     """What this rank is told: nothing, or the words of the refusal."""
     parallel.start()
     try:
-        _refuse_different_plans(plans[torch.distributed.get_rank()])
+        _refuse_different_plans(plans[torch.distributed.get_rank()], "--data_path")
     except UserError as error:
         return str(error)
     return ""

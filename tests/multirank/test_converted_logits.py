@@ -101,7 +101,9 @@ def assert_logits_equal(expected: dict, ranks: list[list], names: list[str]) -> 
     assert seen >= len(names)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(one, marks=pytest.mark.long if one == "TP2xPP2" else ()) for one in LAYOUTS]
+)
 def test_logits_after_import_are_hugging_faces(workers, imported, expected, batch, layout):
     tensor, pipeline = LAYOUTS[layout]
     sources = [

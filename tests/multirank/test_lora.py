@@ -126,6 +126,7 @@ def test_a_missing_mark_for_sequence_parallelism_is_noticed(workers, folders, re
         assert_first_step_equal(job, workers.run(TRAIN, 2, job), reference_curve)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", [{}, {"sequence_parallel": True}], ids=["TP2", "TP2+SP"])
 def test_layers_that_are_computed_again_drop_the_same_inputs(workers, folders, layout):
     job = replace(make_job(folders, tensor=2, **layout), lora=replace(LORA, dropout=0.3))

@@ -23,6 +23,8 @@ from tests.multirank.parity import assert_first_step_equal, make_job
 
 TRAIN = "tests.multirank.parity_worker:train"
 STEPS = 20
+# Four processes on two cores, or what others show as well.
+LONG = pytest.mark.long
 # fp32 logits of size 1 to 10, sums of a hundred terms in another order.
 LOGIT_TOLERANCE = 2e-5
 LAYOUTS = {
@@ -69,7 +71,7 @@ def reference_curves(folders):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(one, marks=LONG if one == "TP2xPP2" else ()) for one in LAYOUTS])
 def test_twenty_steps_equal_the_reference(workers, folders, reference_curves, layout, stage):
     job = make_job(folders, steps=STEPS, trainable=STAGES[stage], **LAYOUTS[layout])
     reference = reference_curves[job.trainable]
@@ -105,7 +107,7 @@ def test_tied_head_and_llama3_rope(workers, folders, layout):
     assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
 
 
-@pytest.mark.parametrize("language", ["qwen2", "tied qwen2"])
+@pytest.mark.parametrize("language", ["qwen2", pytest.param("tied qwen2", marks=LONG)])
 @pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "TP2+SP"])
 def test_biases_on_queries_keys_and_values(workers, folders, layout, language):
     job = make_job(folders, language=language, **LAYOUTS[layout])
@@ -187,7 +189,9 @@ def test_virtual_pipeline(workers, folders):
     assert_first_step_equal(job, workers.run(TRAIN, 2, job), parity.run_reference(job))
 
 
-@pytest.mark.parametrize("layout", ["TP1", "TP2+SP", "PP2", "TP2xPP2", "VPP2"])
+@pytest.mark.parametrize(
+    "layout", [pytest.param("TP1", marks=LONG), "TP2+SP", "PP2", pytest.param("TP2xPP2", marks=LONG), "VPP2"]
+)
 def test_images_encoded_by_all_stages(workers, folders, layout):
     """Three steps, in one of which there are fewer images than ranks, and in one none."""
     layouts = {**LAYOUTS, "VPP2": {"pipeline": 2, "virtual": 2}}

@@ -46,6 +46,7 @@ def checked(line: str, **shape) -> SimpleNamespace:
         connector=ConnectorConfig("none"),
         tiling=image_tiling(VISION, ConnectorConfig("none")),
         start=SimpleNamespace(words=translation.megatron_argv),
+        lora=None,
     )
 
 
