@@ -245,6 +245,30 @@ def _band(checked: run.Checked, args, data: data_plan.Data) -> Fp8Band | None:
     return Fp8Band(settings.fp8_check_interval, data.steps.accumulation_steps, settings.fp8_recipe, first)
 
 
+def _session(checked: run.Checked, args, data: data_plan.Data, validation: Validation | None):
+    """What the hooks of this run share, on this rank."""
+    from dc_megatron.training.session import Session
+    from dc_megatron.training.stall_watch import StallWatch
+
+    session = Session(
+        checked=checked,
+        plan_hash=data.plan_hash,
+        images_of_an_epoch=data.index.summary.images,
+        dropped_samples=data.index.summary.dropped_samples,
+        counts=StepCounts(),
+        clock=Clock(),
+        stall=StallWatch(args.save or "", args.rank, args.distributed_timeout_minutes),
+        loaders=[],
+    )
+    if args.save and args.rank == args.world_size - 1:
+        session.metrics = MetricsFile(args.save, (args.ckpt_step or 0) if checked.start.resumes else 0)
+    if checked.settings.log_images and args.tensorboard_dir:
+        session.pictures = _sample_pictures(checked, args, validation or data)
+    session.consumed_tokens.update(checked.start.consumed_tokens)
+    session.band = _band(checked, args, data)
+    return session
+
+
 def _pretrain(
     checked: run.Checked, args, data: data_plan.Data, validation: Validation | None, words: list[str]
 ) -> None:
@@ -257,64 +281,35 @@ def _pretrain(
     from dc_megatron.training.dataset_provider import make_dataset_provider
     from dc_megatron.training.forward_step import make_forward_step
     from dc_megatron.training.model_provider import make_model_provider
-    from dc_megatron.training.session import Session
-    from dc_megatron.training.stall_watch import StallWatch
     from dc_megatron.training.step_images import StepImages
 
-    counts, loaders, clock = StepCounts(), [], Clock()
-    stall = StallWatch(args.save or "", args.rank, args.distributed_timeout_minutes)
+    settings = checked.settings
     if args.save and args.rank == 0:
         os.makedirs(args.save, exist_ok=True)
         write_json(os.path.join(args.save, "resolved_config.json"), run.resolved(checked, words))
-    session = Session(
-        checked=checked,
-        plan_hash=data.plan_hash,
-        images_of_an_epoch=data.index.summary.images,
-        dropped_samples=data.index.summary.dropped_samples,
-        counts=counts,
-        clock=clock,
-        stall=stall,
-        loaders=loaders,
-    )
-    if args.save and args.rank == args.world_size - 1:
-        session.metrics = MetricsFile(args.save, (args.ckpt_step or 0) if checked.start.resumes else 0)
-    if checked.settings.log_images and args.tensorboard_dir:
-        session.pictures = _sample_pictures(checked, args, validation or data)
-    session.consumed_tokens.update(checked.start.consumed_tokens)
-    session.band = _band(checked, args, data)
+    session = _session(checked, args, data, validation)
     engine_hooks.install(session)
+    add = session.counts.add
 
     def on_ready() -> None:
         # All ranks have loaded by now: nobody looks at the folder any more to decide what.
         if args.save and args.rank == 0:
             clear_staging(args.save)
-        stall.alive()
-        clock.lap()
+        session.stall.alive()
+        session.clock.lap()
 
     def encoded_ahead(loader):
-        session.step_images.append(StepImages(loader, device.device(), counts.add))
+        session.step_images.append(StepImages(loader, device.device(), add))
         return session.step_images[-1]
 
+    ahead = encoded_ahead if settings.vision_tower_stages == "all" else None
     pretrain(
         pretrain_cfg_container_from_args(args),
-        make_dataset_provider(
-            data,
-            checked.vision,
-            loaders,
-            on_ready,
-            validation=validation,
-            ahead=encoded_ahead if checked.settings.vision_tower_stages == "all" else None,
-        ),
+        make_dataset_provider(data, checked.vision, session.loaders, on_ready, ahead=ahead, validation=validation),
         ModelType.encoder_or_decoder,
-        make_forward_step(
-            device.device(),
-            checked.settings.loss_reduction,
-            counts.add,
-            session.band,
-            session.validation_counts.add,
-        ),
+        make_forward_step(device.device(), settings.loss_reduction, add, session.band, session.validation_counts.add),
         make_model_provider(checked),
     )
     torch.distributed.barrier()
-    stall.stop()
+    session.stall.stop()
     torch.distributed.destroy_process_group()

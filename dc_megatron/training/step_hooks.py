@@ -64,41 +64,48 @@ def log_hook(original: Callable, session: Session) -> Callable:
         loss = loss_dict[LOSS_NAME].item() if LOSS_NAME in loss_dict else None
         grad_norm = kwargs.get("grad_norm", args[3] if len(args) > 3 else None)
         seconds = session.clock.lap()
-        entry = {
-            "iteration": iteration,
-            "loss": loss,
-            **{name: totals[name] for name in rates},
-            "grad_norm": float(grad_norm) if grad_norm is not None else None,
-            "samples": int(totals["samples"]),
-            "supervised_tokens": int(totals["supervised_tokens"]),
-            "tokens": int(totals["tokens"]),
-            # Positions that were computed, padding among them.
-            "positions": int(totals["positions"]),
-            "images": int(totals["images"]),
-            "substituted_images": int(totals["substituted_images"]),
-            "dropped_samples": session.dropped_samples,
-            "step_seconds": round(seconds, 6),
-            "data_wait_seconds": round(totals["wait"], 6),
-        }
+        entry = _entry(session, iteration, loss, grad_norm, seconds, totals, rates)
         if engine.fp16:
             # As the engine's log: the scale of the next step, which an overflow has lowered (from the second one on).
             entry["loss_scale"], entry["skipped"] = float(args[0]), bool(args[2])
-        if session.band is not None:
-            entry["fp8_loss_difference"] = session.band.take()
         if session.metrics is not None:
             session.metrics.write(entry)
-        writer = get_tensorboard_writer()
-        if writer is not None and iteration % engine.tensorboard_log_interval == 0:
-            for name in ("samples", "tokens", "supervised_tokens", "images"):
-                writer.add_scalar(f"throughput/{name} per second", entry[name] / seconds, iteration)
-            writer.add_scalar("throughput/data wait seconds", entry["data_wait_seconds"], iteration)
-            for name in rates.keys() - {"lr"}:
-                writer.add_scalar(f"learning-rate/{name.removeprefix('lr_')}", entry[name], iteration)
+        if iteration % engine.tensorboard_log_interval == 0:
+            _draw(entry, iteration, seconds, rates)
         if on_terminal:
             print("\r\x1b[K" + progress_line(iteration, engine.train_iters, loss, seconds), end="", flush=True)
         return result
 
     return training_log
+
+
+def _entry(session: Session, iteration: int, loss, grad_norm, seconds: float, totals: dict, rates: dict) -> dict:
+    """A step's line of metrics.jsonl. positions: those that were computed, padding among them."""
+    entry = {
+        "iteration": iteration,
+        "loss": loss,
+        **{name: totals[name] for name in rates},
+        "grad_norm": float(grad_norm) if grad_norm is not None else None,
+        **{name: int(totals[name]) for name in COUNTS},
+        "dropped_samples": session.dropped_samples,
+        "step_seconds": round(seconds, 6),
+        "data_wait_seconds": round(totals["wait"], 6),
+    }
+    if session.band is not None:
+        entry["fp8_loss_difference"] = session.band.take()
+    return entry
+
+
+def _draw(entry: dict, iteration: int, seconds: float, rates: dict) -> None:
+    """TensorBoard's curves beside Megatron's own."""
+    writer = get_tensorboard_writer()
+    if writer is None:
+        return
+    for name in ("samples", "tokens", "supervised_tokens", "images"):
+        writer.add_scalar(f"throughput/{name} per second", entry[name] / seconds, iteration)
+    writer.add_scalar("throughput/data wait seconds", entry["data_wait_seconds"], iteration)
+    for name in rates.keys() - {"lr"}:
+        writer.add_scalar(f"learning-rate/{name.removeprefix('lr_')}", entry[name], iteration)
 
 
 def part_rates(session: Session) -> dict[str, float]:
