@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig
 from dc_megatron.planner.memory import Numbers, Run, stage_memory
+from tests.helpers.measured import run_measured
 from tests.helpers.workspace import make_workspace, training_flags
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,14 +55,9 @@ def measured(workspace: dict[str, str], size: Size, folder: Path) -> int:
     more |= {"output_dir": None, "index_folder": str(folder / "index")}
     flags = training_flags(workspace, folder, **more)
     environment = {**os.environ, "DC_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "1"}
-    with open(folder / "log", "w") as log:
-        started = subprocess.Popen(
-            [sys.executable, "-m", "dc_megatron.pretrain", *flags], cwd=ROOT, env=environment, stdout=log, stderr=log
-        )
-        _, status, used = os.wait4(started.pid, 0)
-    started.returncode = os.waitstatus_to_exitcode(status)
-    assert started.returncode == 0, (folder / "log").read_text()[-3000:]
-    return used.ru_maxrss * 1024
+    done = run_measured([sys.executable, "-m", "dc_megatron.pretrain", *flags], folder, ROOT, environment)
+    assert done.status == 0, done.output[-3000:]
+    return done.resident
 
 
 def grown(root: Path, size: Size) -> tuple[float, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shlex
 import subprocess
 import time
@@ -17,6 +16,7 @@ from dc_megatron.planner.request import Request, job_of, launch_of_request
 from dc_megatron.planner.search import search
 from dc_megatron.training.run import check
 from tests.helpers.dry_runs import OURS, ROOT, recipe_flags, run_all
+from tests.helpers.measured import run_measured
 
 # Files in examples/ that are no recipes.
 HELPERS = {"launch.sh", "gpus.sh", "defaults.sh", "quickstart.sh"}
@@ -233,16 +233,11 @@ def test_every_stage_of_every_model(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("recipe", [path.name for path in RECIPES])
-def test_a_recipe_alone_takes_25_seconds_and_two_gigabytes(recipe):
+def test_a_recipe_alone_takes_25_seconds_and_two_gigabytes(recipe, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in OURS} | {"GPUS_PER_NODE": "8", **NODES}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.monotonic()
-    done = subprocess.run(
-        ["bash", str(Path("examples") / recipe), "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stderr
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    done = run_measured(["bash", str(Path("examples") / recipe), "--dry-run"], tmp_path, ROOT, environment)
+    assert done.status == 0, done.output
     # On a machine with other work the clock runs on; processor time does not.
-    assert min(used, time.monotonic() - start) < 25
-    assert after.ru_maxrss * 1024 < 2e9
+    assert min(done.seconds, time.monotonic() - start) < 25
+    assert done.resident < 2e9
