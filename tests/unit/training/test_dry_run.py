@@ -132,10 +132,10 @@ def test_every_recipe_at_its_full_size(results, recipe):
     assert "have their places" in done["text"]
 
 
-@pytest.mark.parametrize("recipe", [name for name in FULL_SIZE if "v100" not in name])
+@pytest.mark.parametrize("recipe", FULL_SIZE)
 def test_every_recipe_fits_its_gpus_by_the_planners_estimate(results, recipe):
-    """80 GB each. What is exact of it (weights, gradients, optimizer) the dry run has compared already."""
-    assert results[recipe]["gigabytes"] < 76
+    """80 GB each, a V100 32. What is exact of it (weights, gradients, optimizer) the dry run has compared already."""
+    assert results[recipe]["gigabytes"] < (30 if "v100" in recipe else 76)
 
 
 def _planned() -> tuple[list[str], int]:
