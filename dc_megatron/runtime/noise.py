@@ -27,7 +27,11 @@ _WARNINGS = (
 _LOG_RECORDS = (
     ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED", "its successor has no output_processor"),
     ("megatron.core.tensor_parallel.random", "CPU RNG state changed", "without CUDA there is one generator only"),
-    ("megatron.core.dist_checkpointing.strategies.torch", "async save is deprecated", "saves are synchronous"),
+    (
+        "megatron.core.dist_checkpointing.strategies.torch",
+        "async save is deprecated",
+        "its successor is an extra package",
+    ),
     ("torch.utils.cpp_extension", "No CUDA runtime is found", "a compiler without a GPU is no fault"),
 )
 

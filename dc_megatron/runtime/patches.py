@@ -21,6 +21,7 @@ from dc_megatron.runtime.fp8_states import TE_LAYERS, reading_by_name
 from dc_megatron.runtime.gradient_scaling import by_a_number
 from dc_megatron.runtime.listed_classes import with_listed_classes
 from dc_megatron.runtime.rotary import rotating_whole_rows
+from dc_megatron.runtime.thread_caller import calling_threads
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,13 @@ CORE_ROWS = [
         "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
         lambda original: lambda mp_mode="spawn": queue.Queue(),
         "no_cuda",
-        "a spawned multiprocessing.Manager imports everything anew: 20 s on a small CPU; a synchronous save stays in"
-        " one process",
+        "a spawned multiprocessing.Manager imports everything anew: 20 s on a small CPU; saves stay in one process",
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing.strategies.async_utils:AsyncCallsQueue._get_async_caller",
+        calling_threads,
+        "no_cuda",
+        "another process would share the tensors that the next step changes (see thread_caller.py)",
     ),
     Patch(
         "torch.distributed.checkpoint.filesystem:pickle",
@@ -231,6 +237,12 @@ TRAINING_ROWS = [
         _calling(cpu_device.nothing),
         "no_cuda",
         "compiles GPU fusions that no CPU run uses",
+    ),
+    Patch(
+        "megatron.training.initialize:init_persistent_async_worker",
+        _calling(cpu_device.nothing),
+        "no_cuda",
+        "a process for --async-save; here threads write (see thread_caller.py)",
     ),
     Patch(
         "megatron.training.initialize:_compile_dependencies",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from dc_megatron.config import LanguageConfig, check_parallel_layout
 from dc_megatron.errors import UserError
@@ -365,6 +366,21 @@ def sharding_argv(translation: Translation, data_parallel_size: int, cuda: bool)
     return [word for word in words if word not in typed]
 
 
+def async_save_argv(typed: list[str], cuda: bool) -> list[str]:
+    """What --async-save takes in Megatron: without the first word it is switched off, and so is the second's default.
+
+    UserError: a strategy that cannot work here.
+    """
+    options = typed_options(typed)
+    if "--async-save" not in options:
+        return []
+    strategy = options.get("--async-strategy", ["mcore"])
+    if strategy == ["nvrx"] and not (cuda and find_spec("nvidia_resiliency_ext")):
+        lacks = "the package nvidia-resiliency-ext, which is not installed" if cuda else "a GPU"
+        raise UserError(f"--async-strategy nvrx: needs {lacks}; leave it out: Megatron's own way of saving is taken")
+    return ["--use-persistent-ckpt-worker", "--async-strategy", *strategy]
+
+
 def engine_argv(translation: Translation, language: LanguageConfig, plan: StepPlan, backend: list[str]) -> list[str]:
     """All words for Megatron's parser: ``backend_argv(...)``, shape, batches and steps, and last what was typed."""
     settings = translation.settings
@@ -373,5 +389,6 @@ def engine_argv(translation: Translation, language: LanguageConfig, plan: StepPl
         *megatron_shape_argv(language, settings, plan.seq_length, translation.megatron_argv),
         *finish(settings, plan),
         *sharding_argv(translation, plan.data_parallel_size, "nccl" in backend),
+        *async_save_argv(translation.megatron_argv, "nccl" in backend),
         *translation.megatron_argv,
     ]

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing, get_args, get_tensorboard_writer, print_rank_0
+from megatron.training.async_utils import maybe_finalize_async_save
 
 from dc_megatron.errors import UserError
 from dc_megatron.training.model_provider import trained_connector
 from dc_megatron.training.parameter_groups import fill_moments
 from dc_megatron.training.resume import what_learns
+from dc_megatron.training.saving import Saving
 from dc_megatron.training.session import Session
 from dc_megatron.weights import checkpoint_folder
+from dc_megatron.weights.durable_files import Digest
 from dc_megatron.weights.frozen_base import hash_base
 from dc_megatron.weights.projector_files import write_projector
 from dc_megatron.weights.staged_iteration import StagedIteration
 
 
 def save_hook(original: Callable, session: Session) -> Callable:
-    """``save_checkpoint`` beside the iteration's place, and the rename that puts it there when all of it is on disk."""
+    """``save_checkpoint`` beside the iteration's place, and the rename that puts it there when all of it is on disk.
+
+    With --async-save the engine only hands the tensors over, and ``schedule_hook`` sees to it that the rest follows
+    when all ranks have written.
+    """
 
     def save_checkpoint(iteration, model, *args, **kwargs):
         start, engine, rank = session.checked.start, get_args(), torch.distributed.get_rank()
@@ -30,11 +39,12 @@ def save_hook(original: Callable, session: Session) -> Callable:
         if start.resumes and start.iteration == iteration and own:
             # A finished run that was started again has trained nothing; its checkpoint is complete already.
             return None
-        staged = StagedIteration(folder, iteration)
         session.stall.alive()
-        if rank == 0:
-            staged.begin()
-        torch.distributed.barrier()
+        if engine.async_save:
+            # One save at a time: a new one clears away what others have left.
+            maybe_finalize_async_save(blocking=True)
+        staged = _begin(folder, iteration, rank)
+        session.saving = _saving(session, staged, unwrap_model(model), engine.async_save)
         engine.save = staged.root
         fill_moments(session.optimizer)
         try:
@@ -42,22 +52,65 @@ def save_hook(original: Callable, session: Session) -> Callable:
         finally:
             engine.save = folder
         _hash_base(session)
-        digests: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(digests, staged.digests_of_rank(rank))
-        if rank == 0:
-            _write_side_files(session, folder, unwrap_model(model))
-            staged.publish(_position(session), {name: own[name] for own in digests for name in own})
-            print(f"checkpoint of iteration {iteration} is complete: {staged.place}", flush=True)
+        if not engine.async_save:
+            _complete(session, session.saving, staged.digests_of_rank(rank))
         if session.pictures is not None:
             session.pictures.write(model[0], iteration, get_tensorboard_writer())
-        if session.saved_elsewhere is not None:
-            session.saved_elsewhere(folder, staged.place)
-            session.saved_elsewhere = None
         session.stall.alive()
         session.clock.lap()
         return result
 
     return save_checkpoint
+
+
+def schedule_hook(original: Callable, session: Session) -> Callable:
+    """``schedule_async_save`` of a request that hashes what it wrote, and completes the checkpoint in the end.
+
+    The engine calls a request's last functions on all ranks, between two steps, when all of them have written.
+    """
+
+    def schedule_async_save(request):
+        saving, rank = session.saving, torch.distributed.get_rank()
+        if request.async_fn is not None:
+            request = request._replace(async_fn=partial(saving.staged.write_and_hash, rank, request.async_fn))
+        request.add_finalize_fn(lambda: _complete(session, saving, saving.staged.take_digests(rank)))
+        original(request)
+
+    return schedule_async_save
+
+
+def _begin(folder: str, iteration: int, rank: int) -> StagedIteration:
+    """An empty place for the iteration, the same for all ranks, which meet here."""
+    mark = [secrets.token_hex(4) if rank == 0 else None]
+    if rank == 0:
+        StagedIteration(folder, iteration, mark[0]).begin()
+    torch.distributed.broadcast_object_list(mark, src=0)
+    return StagedIteration(folder, iteration, mark[0])
+
+
+def _saving(session: Session, staged: StagedIteration, chunks: list, training_goes_on: bool) -> Saving:
+    projector = trained_connector(chunks)
+    if projector is not None and training_goes_on:
+        projector = {name: tensor.detach().cpu().clone() for name, tensor in projector.items()}
+    return Saving(staged, _position(session), projector, chunks[0].tower_is_stored)
+
+
+def _complete(session: Session, saving: Saving, own: dict[str, Digest]) -> None:
+    """Manifest and rename, and whoever wants to hear of it. All ranks together, when all of them have written.
+
+    ``own``: the digests of what this rank has written.
+    """
+    staged = saving.staged
+    digests: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(digests, own)
+    if torch.distributed.get_rank() == 0:
+        _write_side_files(session, saving)
+        staged.publish(saving.position, {name: found[name] for found in digests for name in found})
+        print(f"checkpoint of iteration {staged.iteration} is complete: {staged.place}", flush=True)
+    if session.saved_elsewhere is not None:
+        session.saved_elsewhere(staged.folder, staged.place)
+        session.saved_elsewhere = None
+    session.stall.alive()
 
 
 def _hash_base(session: Session) -> None:
@@ -74,19 +127,18 @@ def _hash_base(session: Session) -> None:
                 raise UserError(f"--model_name_or_path {settings.model_name_or_path}: {name} differs between nodes")
 
 
-def _write_side_files(session: Session, folder: str, chunks: list) -> None:
-    checked, settings = session.checked, session.checked.settings
+def _write_side_files(session: Session, saving: Saving) -> None:
+    checked, settings, folder = session.checked, session.checked.settings, saving.staged.folder
     if session.tower_hash is None:
         session.tower_hash = checkpoint_folder.hash_folder_weights(settings.vision_tower)
-    connector = trained_connector(chunks)
-    if connector is not None:
+    if saving.projector is not None:
         write_projector(
             folder,
-            connector,
+            saving.projector,
             checked.connector,
             checked.vision,
             tower_hash=session.tower_hash,
-            tower_trained=chunks[0].tower_is_stored,
+            tower_trained=saving.tower_trained,
         )
     description = checkpoint_folder.CheckpointDescription(
         vision_tower=settings.vision_tower,

@@ -82,7 +82,6 @@ REFUSED = {
         ("non-persistent-save-interval", "non-persistent-ckpt-type"), "not available yet; use --save_steps"
     ),
     "inprocess-restart": "not available; MAX_RESTARTS=3 in a recipe's environment lets torchrun start again",
-    "async-save": "not available yet; checkpoints are written before the next step begins",
     "fp8-param-gather": "not available yet: checkpoints hold bf16 weights, which are cast to FP8 and kept so",
     "fp4-format": "not available yet; train in bf16",
     "yaml-cfg": "flags are the configuration of this program; metrics and resolved_config.json record them",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dc_megatron.training.checkpoint_hooks import artifact_hook, load_hook, save_hook
+from dc_megatron.training.checkpoint_hooks import artifact_hook, load_hook, save_hook, schedule_hook
 from dc_megatron.training.session import Session
 from dc_megatron.training.step_hooks import evaluate_hook, log_hook, optimizer_hook, step_hook
 
@@ -53,6 +53,12 @@ HOOKS = (
         save_hook,
         "always",
         "projector files, side files, a manifest with hashes, and a rename when all of it is on disk",
+    ),
+    Hook(
+        "megatron.training.checkpointing:schedule_async_save",
+        schedule_hook,
+        "always",
+        "--async-save: manifest and rename follow when all ranks have written; the hashes are made where that is done",
     ),
     Hook(
         "megatron.training.checkpointing:_load_base_checkpoint",

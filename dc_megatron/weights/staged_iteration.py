@@ -1,19 +1,24 @@
 """An iteration that is written beside its place and put there by one rename, when it is whole.
 
-    DIR/.saving-iter_0000500/                       what the engine takes for its --save meanwhile
-    DIR/.saving-iter_0000500/iter_0000500/          the iteration, until it is renamed to DIR/iter_0000500
-    DIR/.saving-iter_0000500/replaced/              what had that name, where the two cannot change places in one step
+    DIR/.saving-iter_0000500.1f2e3d4c/                  what the engine takes for its --save meanwhile
+    DIR/.saving-iter_0000500.1f2e3d4c/iter_0000500/     the iteration, until it is renamed to DIR/iter_0000500
+    DIR/.saving-iter_0000500.1f2e3d4c/hashes/           of its files, where each rank's were written in the background
+    DIR/.saving-iter_0000500.1f2e3d4c/replaced/         what had that name, where the two cannot change places at once
 
-Nothing half-made ever has an iteration's name, and an iteration that is there is never written into. A folder
-``.saving-*`` of a run that was killed stands for no iteration; the next save removes it.
+The mark behind the number is another one in every save: a background process that outlives its killed run never writes
+into what the next run saves under the same number. Nothing half-made ever has an iteration's name, and an iteration
+that is there is never written into. A folder ``.saving-*`` of a run that was killed stands for no iteration; the next
+save removes it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 
 from dc_megatron.weights import durable_files
 from dc_megatron.weights.checkpoint_folder import iteration_folder, write_tracker
@@ -22,15 +27,19 @@ from dc_megatron.weights.manifest import write_manifest
 
 STAGING = ".saving-"
 _REPLACED = "replaced"
+_HASHES = "hashes"
 
 
 class StagedIteration:
-    """``root``: the engine's --save while it writes. ``path``: where it writes. ``place``: where that will lie."""
+    """``root``: the engine's --save while it writes. ``path``: where it writes. ``place``: where that will lie.
 
-    def __init__(self, folder: str, iteration: int):
+    ``mark``: what tells this save from others of that number, the same on all ranks; letters and digits.
+    """
+
+    def __init__(self, folder: str, iteration: int, mark: str):
         self.folder, self.iteration = folder, iteration
         self.place = iteration_folder(folder, iteration)
-        self.root = os.path.join(folder, STAGING + os.path.basename(self.place))
+        self.root = os.path.join(folder, f"{STAGING}{os.path.basename(self.place)}.{mark}")
         self.path = iteration_folder(self.root, iteration)
 
     def begin(self) -> None:
@@ -45,6 +54,26 @@ class StagedIteration:
         """
         own = re.compile(rf"__{rank}_\d+\.distcp")
         return self._digests(name for name in os.listdir(self.path) if own.fullmatch(name))
+
+    def write_and_hash(self, rank: int, write: Callable, *args, **kwargs) -> None:
+        """``write(*args, **kwargs)``, and the digests of what ``rank`` wrote for ``take_digests``.
+
+        Runs beside the training, in a thread or a process.
+        """
+        write(*args, **kwargs)
+        hashes = os.path.join(self.root, _HASHES)
+        os.makedirs(hashes, exist_ok=True)
+        digests = {name: asdict(digest) for name, digest in self.digests_of_rank(rank).items()}
+        with open(os.path.join(hashes, f"{rank}.json"), "w", encoding="utf-8") as file:
+            json.dump(digests, file)
+
+    def take_digests(self, rank: int) -> dict[str, Digest]:
+        """What ``write_and_hash`` found; hashed now where that was cut off or had nothing to write."""
+        try:
+            with open(os.path.join(self.root, _HASHES, f"{rank}.json"), encoding="utf-8") as file:
+                return {name: Digest(**entry) for name, entry in json.load(file).items()}
+        except (OSError, ValueError):
+            return self.digests_of_rank(rank)
 
     def _digests(self, names) -> dict[str, Digest]:
         return {name: hash_file(os.path.join(self.path, name), flush=True) for name in sorted(names)}
@@ -88,7 +117,7 @@ def clear_staging(folder: str) -> None:
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         if not name.startswith(STAGING):
             continue
-        root, iteration = os.path.join(folder, name), name.removeprefix(STAGING)
+        root, iteration = os.path.join(folder, name), name.removeprefix(STAGING).partition(".")[0]
         place, new, old = (
             os.path.join(*parts) for parts in ((folder, iteration), (root, iteration), (root, _REPLACED))
         )

@@ -46,12 +46,15 @@ def kill_in_a_save(launch: Launch, output: Path, saves: int, moment: str) -> Non
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_kills_during_saves_leave_whole_checkpoints_and_the_run_goes_on(workspace, tmp_path, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "saves"),
+    [(1, {}), (2, {}), pytest.param(2, {"async-save": True}, id="2-async")],
+)
+def test_kills_during_saves_leave_whole_checkpoints_and_the_run_goes_on(workspace, tmp_path, ranks, saves):
     output = tmp_path / "run"
     reached = 0
     for number, moment in enumerate(("begin", "later", "manifest")):
-        with Launch(command(workspace, output, ranks, max_steps=5000), tmp_path / f"logs{number}") as launch:
+        with Launch(command(workspace, output, ranks, max_steps=5000, **saves), tmp_path / f"logs{number}") as launch:
             kill_in_a_save(launch, output, saves=2, moment=moment)
             if number:
                 assert f"resuming from iteration {reached}" in launch.text[0]
@@ -63,7 +66,8 @@ def test_kills_during_saves_leave_whole_checkpoints_and_the_run_goes_on(workspac
         assert [entry["iteration"] for entry in report["checkpoints"]] == list(range(1, newest + 1))
         reached = newest
     whole = run(
-        command(workspace, output, ranks, max_steps=reached + 2, **{"verify-checkpoint": True}), tmp_path / "logs"
+        command(workspace, output, ranks, max_steps=reached + 2, **saves, **{"verify-checkpoint": True}),
+        tmp_path / "logs",
     )
     whole.assert_succeeded()
     assert f"resuming from iteration {reached} of {output}" in whole.output

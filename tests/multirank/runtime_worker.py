@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import queue
+import threading
 import time
+from functools import partial
 
 import torch
 
@@ -114,6 +116,34 @@ def effects() -> dict[str, bool]:
         "a distributed optimizer for it": distrib_optimizer.HAVE_APEX_OR_TE and distrib_optimizer.USING_APEX_OPTIMIZER,
         "torch still knows there is no CUDA": not torch.cuda.is_available(),
     }
+
+
+def saved_beside_a_step() -> list[float]:
+    """What the writer of an asynchronous save sees of a tensor that changes once the save has been scheduled."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    parallel.start()
+    weight, changed, written = torch.zeros(3), threading.Event(), []
+    buckets = [("file", "key", ([], [("item", weight)]))]
+
+    def write(rank, given, results) -> None:
+        changed.wait()
+        written.extend(given[0][2][1][0][1].tolist())
+
+    calls = AsyncCallsQueue(persistent=True)
+    preload = partial(FileSystemWriterAsync.preload_tensors, buckets, True)
+    finalized: list[str] = []
+    calls.schedule_async_request(
+        AsyncRequest(write, (0, buckets, None), [lambda: finalized.append("once")], {}, preload)
+    )
+    assert calls.maybe_finalize_async_calls() == [], "it is finished before anything was written"
+    weight.fill_(1.0)
+    changed.set()
+    assert calls.maybe_finalize_async_calls(blocking=True) == [0]
+    assert (finalized, calls.get_num_unfinalized_calls()) == (["once"], 0)
+    calls.close()
+    return written
 
 
 def _sharded_entries(state) -> dict[str, tuple]:

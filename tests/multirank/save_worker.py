@@ -135,7 +135,7 @@ def save(folder: str, iteration: int, tree: str, models: tuple[str, str], stops:
     from dc_megatron.training import checkpoint_hooks
     from dc_megatron.training.session import Session
 
-    args = SimpleNamespace(save=folder, consumed_train_samples=8, global_batch_size=4)
+    args = SimpleNamespace(save=folder, async_save=False, consumed_train_samples=8, global_batch_size=4)
     checked = _checked(folder, *models)
     checked.start = SimpleNamespace(resumes=False, iteration=None, folder="")
     session = Session(

@@ -97,6 +97,10 @@ def test_what_megatron_core_finds_where_it_looks_for_cuda(workers):
     assert [what for what, holds in got.items() if not holds] == []
 
 
+def test_an_asynchronous_save_writes_what_was_there_when_it_was_scheduled(workers):
+    assert workers.run(f"{WORKER}:saved_beside_a_step", 1) == [[0.0, 0.0, 0.0]]
+
+
 def test_checkpoint_keys_are_the_same_at_every_layout(workers, job):
     found = {}
     for name, (world, layout) in LAYOUTS.items():

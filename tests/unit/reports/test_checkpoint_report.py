@@ -51,7 +51,7 @@ def made(tmp_path_factory) -> Path:
 
 def save(root: Path, iteration: int) -> None:
     """An iteration of ``root``/training with the imported tree's tensors."""
-    staged = StagedIteration(str(root / "training"), iteration)
+    staged = StagedIteration(str(root / "training"), iteration, "a")
     staged.begin()
     shutil.copytree(root / "imported" / "release", staged.path)
     os.remove(os.path.join(staged.path, MANIFEST))
@@ -184,11 +184,11 @@ def test_a_torch_dist_tree_of_plain_megatron(copy):
 
 def test_a_save_and_a_conversion_that_did_not_end(copy, tmp_path):
     folder = copy("training")
-    (folder / ".saving-iter_0000012" / "iter_0000012").mkdir(parents=True)
+    (folder / ".saving-iter_0000012.1f2e" / "iter_0000012").mkdir(parents=True)
     report = examine(str(folder), check=True)
     assert (report["verified"], report["problems"]) == (True, [])
-    assert ".saving-iter_0000012: a save that is going on or was cut off" in report["notes"][0]
-    assert examine(str(folder / ".saving-iter_0000012"))["complete"] is False
+    assert ".saving-iter_0000012.1f2e: a save that is going on or was cut off" in report["notes"][0]
+    assert examine(str(folder / ".saving-iter_0000012.1f2e"))["complete"] is False
     with PartialFolder(str(tmp_path / "out"), "plan") as partial:
         partial.write("one", b"1" * 2_000_000)
     unfinished = examine(str(tmp_path / "out.partial"))

@@ -97,7 +97,7 @@ def test_what_is_not_there_is_refused_by_its_flag(check, flag, message):
             {"fp8_format": "hybrid", "bf16": True, "seq_length": 300},
             r"--seq-length 300: --fp8-format hybrid needs a multiple of 16; use 304",
         ),
-        ({"async_save": True}, r"--async-save: not available yet"),
+        ({"save_retain_interval": 2}, r"--save-retain-interval 2: not available yet"),
         ({"mm_patch_merge_type": "spatial"}, r"--mm_patch_merge_type spatial: needs --image_aspect_ratio anyres"),
         ({"image_grid_pinpoints": "[(28, 56)]"}, r"--image_grid_pinpoints .*: --image_aspect_ratio pad cuts no tiles"),
         ({**ANYRES, "image_grid_pinpoints": "[(28, 50)]"}, r"no multiple of the tower's 28 pixels"),
