@@ -1,4 +1,4 @@
-"""Many dry runs in one process of their own: ``python -m tests.helpers.dry_runs`` reads cases and writes results.
+"""Many dry runs in one process of their own.
 
 The process plays ranks of fake worlds, so it can be neither pytest's nor a worker's of ``worker_pool``.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
+
+from tests.helpers.fork_server import fork_context
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = (
@@ -47,10 +48,10 @@ def run_all(cases: dict[str, tuple[list[str], int]], folder: Path) -> dict[str, 
     """Of each (flags, processes): "seconds" of processor time, and "ranks", "stages", ... of DryRun, or "error"."""
     given, found = folder / "cases.json", folder / "results.json"
     given.write_text(json.dumps(cases))
-    environment = {k: v for k, v in os.environ.items() if k not in OURS} | {"DC_DEVICE": "cpu"}
-    command = [sys.executable, "-m", "tests.helpers.dry_runs", str(given), str(found)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    process = fork_context().Process(target=_run_cases, args=(given, found), daemon=True)
+    process.start()
+    process.join(600)
+    assert process.exitcode == 0, "the dry runs did not end well; what they said is above"
     return json.loads(found.read_text())
 
 
@@ -74,18 +75,14 @@ def _one(flags: list[str], processes: int) -> dict:
     return {**result, "seconds": time.process_time() - start}
 
 
-def main(given: str, found: str) -> None:
+def _run_cases(given: Path, found: Path) -> None:
     from dc_megatron.runtime import patches
 
+    for name in OURS:
+        os.environ.pop(name, None)
     patches.apply(training=True)
-    # The engine's modules are imported before the clock of the first case runs.
-    import megatron.training.training  # noqa: F401
-
+    # Before the clock of the first case runs.
     import dc_megatron.training.dry_run  # noqa: F401
 
-    cases = json.loads(Path(given).read_text())
-    Path(found).write_text(json.dumps({name: _one(*case) for name, case in cases.items()}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    cases = json.loads(given.read_text())
+    found.write_text(json.dumps({name: _one(*case) for name, case in cases.items()}))

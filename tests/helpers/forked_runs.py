@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.fork_server import fork_context
 from tests.helpers.worker_pool import free_port
-
-_PRELOADED = ("torch", "transformers", "megatron.training", "dc_megatron.training.engine", __name__)
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,7 @@ class ForkedRuns:
     """Starts the importing process with the first run; it ends with the test process."""
 
     def __init__(self):
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(_PRELOADED))
+        self._context = fork_context()
 
     def run(self, argv: list[str], processes: int, folder: Path, timeout: float = 240) -> ForkedRun:
         """``dc_megatron.pretrain`` with ``argv`` on ``processes`` ranks; their words go to files in ``folder``."""

@@ -1,4 +1,4 @@
-"""Worker processes that stay alive between multi-rank tests, because importing megatron takes many seconds.
+"""Worker processes that stay alive between multi-rank tests, forked from one that has imported megatron.
 
 A job names a function ``module:function``; the first ``world_size`` workers call it together, each inside a fresh
 Gloo world. Results come back in rank order. A worker that fails or hangs ends the pool, which the next job restarts.
@@ -7,14 +7,13 @@ Gloo world. Results come back in rank order. A worker that fails or hangs ends t
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import socket
 import time
 import traceback
 import warnings
 
-MOST_WORKERS = 4
+from tests.helpers.fork_server import fork_context
 
 
 def free_port() -> int:
@@ -67,28 +66,28 @@ def _serve(rank: int, connection) -> None:
 
 
 class WorkerPool:
-    """At most MOST_WORKERS processes, started when first needed."""
+    """As many processes as the widest job so far has asked for."""
 
     def __init__(self):
-        self.context = multiprocessing.get_context("spawn")
+        self.context = fork_context()
         self.processes = []
         self.connections = []
 
-    def _start(self) -> None:
-        for rank in range(MOST_WORKERS):
+    def _start(self, workers: int) -> None:
+        new = range(len(self.processes), workers)
+        for rank in new:
             ours, theirs = self.context.Pipe()
             process = self.context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
             self.processes.append(process)
             self.connections.append(ours)
-        for connection in self.connections:
-            assert connection.poll(300), "a test worker did not start within 300 s"
-            connection.recv()
+        for rank in new:
+            assert self.connections[rank].poll(300), "a test worker did not start within 300 s"
+            self.connections[rank].recv()
 
     def run(self, target: str, world_size: int, *arguments, timeout: float = 240, **keywords) -> list:
         """Results of ``target`` by rank. Raises AssertionError with the traceback of the first rank that failed."""
-        if not self.processes:
-            self._start()
+        self._start(world_size)
         job = (target, world_size, free_port(), arguments, keywords)
         for connection in self.connections[:world_size]:
             connection.send(job)

@@ -158,6 +158,7 @@ def test_the_page_cache_is_emptied_without_being_root(tmp_path, monkeypatch):
     assert advised == [(0, 0, os.POSIX_FADV_DONTNEED)]
 
 
+@pytest.mark.long
 def test_the_command_with_the_real_converter(tmp_path):
     output = tmp_path / "result.json"
     command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "conversion", "--shape", "tiny", "--runs", "1"]

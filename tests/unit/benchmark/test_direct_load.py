@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dc_megatron.benchmark import direct_load
 from dc_megatron.benchmark.checkpoint_shapes import SHAPES, num_bytes, write_checkpoint
 
@@ -23,6 +25,7 @@ def test_shards_of_all_ranks_are_the_whole_model(tmp_path):
     assert sum(rank["shard_bytes"] for rank in figures) == num_bytes(SHAPES["tiny"]) + norms + padding
 
 
+@pytest.mark.long
 def test_the_command(tmp_path):
     output = tmp_path / "result.json"
     command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "direct-load", "--shape", "tiny"]
