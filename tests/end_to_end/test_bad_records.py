@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.launch import TRAIN, Finished, metrics, run, torchrun
+from tests.end_to_end.launch import TRAIN, metrics, run, torchrun, train_forked
 from tests.helpers.workspace import training_flags
 
 RECORDS, STEPS = 24, 6
@@ -28,15 +28,14 @@ def damaged(workspace, tmp_path) -> dict[str, str]:
     return {**workspace, "images": str(images)}
 
 
-def train(workspace, folder: Path, **more) -> Finished:
+def command(workspace, folder: Path, **more) -> list[str]:
     """One epoch of the 24 records on two tensor-parallel ranks, each of which decodes half of the pictures."""
     more = {"tensor-model-parallel-size": 2, "max_steps": STEPS, "report_to": "none", **more}
-    words = training_flags(workspace, folder / "run", **more)
-    return run([*torchrun(2), *TRAIN, *words], folder / "logs")
+    return [*torchrun(2), *TRAIN, *training_flags(workspace, folder / "run", **more)]
 
 
 def test_a_missing_picture_is_dropped_and_a_corrupt_one_replaced_and_both_are_counted(damaged, tmp_path):
-    done = train(damaged, tmp_path, **{"max-bad-sample-rate": 0.2}).assert_succeeded()
+    done = train_forked(command(damaged, tmp_path, **{"max-bad-sample-rate": 0.2}), tmp_path / "logs")
     assert f"{RECORDS - 1} samples of {RECORDS} records (dropped: 1 missing image)" in done.output
     assert CORRUPT in done.everything, "a warning names the picture that was replaced"
     lines = metrics(tmp_path / "run")
@@ -53,7 +52,7 @@ def test_more_corrupt_pictures_than_allowed_stop_the_run_on_all_ranks(damaged, t
     records = [record for record in json.loads(Path(damaged["data"]).read_text()) if record.get("image") != MISSING]
     damaged["data"] = str(tmp_path / "data.json")
     Path(damaged["data"]).write_text(json.dumps(records))
-    done = train(damaged, tmp_path, max_steps=1000).assert_refused(
+    done = run(command(damaged, tmp_path, max_steps=1000), tmp_path / "logs").assert_refused(
         "--max-bad-sample-rate 0.001", "1 of ", "could not be decoded"
     )
     assert CORRUPT in done.everything
