@@ -28,7 +28,8 @@ class TowerFamily:
     of the last block, whatever select_layer says. crops: in ``square`` mode the shortest edge is resized and the rest
     cut off, as CLIP's processor does; otherwise both edges are resized.
 
-    blocks: path of the blocks in the model in memory. outer, block: shapes of the tensors around them and of each.
+    blocks: path of the blocks in the model in memory. outer, block: shapes of the tensors around them and of each, in
+    the order in which the model holds them.
     optional: those of ``outer`` that the hidden states do not depend on. level: what files put in front of all names.
 
     ratio: the entry of config.json that gives the MLP's width as a multiple of the tower's, where there is one.
@@ -65,15 +66,12 @@ def _norm(name: str) -> dict[str, Shape]:
     return {f"{name}.weight": ("width",), f"{name}.bias": ("width",)}
 
 
-# Of CLIP and SigLIP.
-_PRE_NORM_BLOCK = {
-    **{k: v for part in "qkv" for k, v in _linear(f"self_attn.{part}_proj", "width", "width").items()},
+# Of CLIP and SigLIP, which hold the same in another order.
+_ATTENTION = {
+    **{k: v for part in "kvq" for k, v in _linear(f"self_attn.{part}_proj", "width", "width").items()},
     **_linear("self_attn.out_proj", "width", "width"),
-    **_linear("mlp.fc1", "inner", "width"),
-    **_linear("mlp.fc2", "width", "inner"),
-    **_norm("layer_norm1"),
-    **_norm("layer_norm2"),
 }
+_MLP = {**_linear("mlp.fc1", "inner", "width"), **_linear("mlp.fc2", "width", "inner")}
 _POST_NORM = tuple(_norm("post_layernorm"))
 
 _CLIP = TowerFamily(
@@ -95,14 +93,14 @@ _CLIP = TowerFamily(
     statistics=_OPENAI,
     blocks="encoder.layers",
     outer={
+        "embeddings.class_embedding": ("width",),
         "embeddings.patch_embedding.weight": ("width", 3, "patch", "patch"),
         "embeddings.position_embedding.weight": ("positions", "width"),
-        "embeddings.class_embedding": ("width",),
         # The spelling is transformers'.
         **_norm("pre_layrnorm"),
         **_norm("post_layernorm"),
     },
-    block=_PRE_NORM_BLOCK,
+    block={**_ATTENTION, **_norm("layer_norm1"), **_MLP, **_norm("layer_norm2")},
     optional=_POST_NORM,
     level="vision_model.",
     prefix_tokens=1,
@@ -134,7 +132,7 @@ _SIGLIP = TowerFamily(
         "embeddings.position_embedding.weight": ("positions", "width"),
         **_norm("post_layernorm"),
     },
-    block=_PRE_NORM_BLOCK,
+    block={**_norm("layer_norm1"), **_ATTENTION, **_norm("layer_norm2"), **_MLP},
     optional=_POST_NORM,
     level="vision_model.",
     ends_early=True,
@@ -172,16 +170,15 @@ _DINOV2 = TowerFamily(
     },
     block={
         **_norm("norm1"),
-        **_norm("norm2"),
         **{
             k: v
             for part in ("query", "key", "value")
             for k, v in _linear(f"attention.attention.{part}", "width", "width").items()
         },
         **_linear("attention.output.dense", "width", "width"),
-        **_linear("mlp.fc1", "inner", "width"),
-        **_linear("mlp.fc2", "width", "inner"),
         "layer_scale1.lambda1": ("width",),
+        **_norm("norm2"),
+        **_MLP,
         "layer_scale2.lambda1": ("width",),
     },
     optional=("embeddings.mask_token", *_norm("layernorm")),

@@ -42,13 +42,17 @@ def linear_parameters(language: LanguageConfig) -> int:
     return language.num_hidden_layers * (attention + mlp)
 
 
-def tower_flops(vision: VisionConfig, connector: ConnectorConfig) -> float:
-    """Forward operations of the tower for one picture: patch embedding and the layers that are built."""
+def tower_flops(vision: VisionConfig, connector: ConnectorConfig, learns: bool = False) -> float:
+    """Operations of the tower for one picture: patch embedding and the layers that are built. Forward, if it is frozen.
+
+    One that learns has gradients of weights and inputs as well, of all but the pixels.
+    """
     width, positions = vision.hidden_size, vision.num_patches + vision.num_prefix_tokens
     patches = 2 * vision.num_patches * 3 * vision.patch_size**2 * width
     linears = 2 * positions * (4 * width**2 + 2 * width * vision.intermediate_size)
     attention = 4 * positions**2 * width
-    return patches + layer_table(vision, connector).deepest * (linears + attention)
+    blocks = layer_table(vision, connector).deepest * (linears + attention)
+    return 2 * patches + 3 * blocks if learns else patches + blocks
 
 
 def step_flops(
@@ -64,7 +68,7 @@ def step_flops(
     """Operations of a step over samples of ``lengths`` positions with ``images`` pictures together.
 
     Attention is causal within each sample: half of its square. The head counts at positions with a target only. The
-    connector's first layer needs no gradient of its input, since the tower below it does not learn.
+    connector's first layer needs no gradient of its input unless the tower below it learns.
     """
     trains_model = "llm" in trainable
     passes = 3 if trains_model else 2
@@ -74,10 +78,10 @@ def step_flops(
     vocabulary = 2 * language.vocab_size * language.hidden_size
     first = connector.input_size(vision) * language.hidden_size
     second = language.hidden_size**2
-    trains_connector = "connector" in trainable
-    projector = 2 * (first * (1 + trains_connector) + second * (1 + 2 * trains_connector))
+    trains_connector, trains_tower = "connector" in trainable, "vision_tower" in trainable
+    projector = 2 * (first * (1 + trains_connector + trains_tower) + second * (1 + 2 * trains_connector))
     return StepFlops(
-        tower=images * tower_flops(vision, connector),
+        tower=images * tower_flops(vision, connector, trains_tower),
         connector=images * image_tokens(vision, connector) * projector,
         language_model=passes * 2 * linear_parameters(language) * sum(lengths),
         attention=attention,

@@ -39,6 +39,7 @@ from dc_megatron.config import (
 )
 from dc_megatron.planner.gradient_buffers import Sharding, rank_buffers
 from dc_megatron.planner.parameter_count import Model, rank_parameters
+from dc_megatron.planner.tower_memory import TowerMemory, learning_tower
 
 # CUDA context, NCCL and cuBLAS workspaces, which PyTorch's allocator does not count. An allowance, not measured.
 FIXED = 3e9
@@ -81,6 +82,8 @@ class Run:
     sequence_parallel: bool = False
     # All stages encode the images of a step before its pipeline begins (--vision-tower-stages all).
     tower_on_all_stages: bool = False
+    # A tower that learns computes its blocks again (--gradient_checkpointing).
+    tower_recomputed: bool = False
     newline: bool = False
     lora_rank: int = 0
     # Gradients travel in buckets while others are computed; each may end in padding.
@@ -105,6 +108,10 @@ class Run:
         return "llm" in self.trainable
 
     @property
+    def tower_learns(self) -> bool:
+        return "vision_tower" in self.trainable
+
+    @property
     def keeps_inputs(self) -> bool:
         """Of the decoder's linear layers: for their own gradients, or for those of adapters beside them."""
         return self.language_learns or self.lora_rank > 0
@@ -120,7 +127,8 @@ class Recompute:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of one rank. images: what the connector keeps. transient: what the worst ``moment`` takes beside all that.
+    """Bytes of one rank. images: what the connector keeps, and a tower that learns. transient: what the worst
+    ``moment`` takes beside all that.
 
     logits: of the head's moment, which counts where it is the worst. Weights and gradients with the padding of buffers.
     """
@@ -268,7 +276,8 @@ def _activations(run: Run, stage: int, recompute: Recompute) -> float:
 def _images(run: Run, stage: int) -> float:
     """The connector's input, and its hidden layer before and after GELU, of all micro-batches that are under way.
 
-    Where all stages encode images, the input of all micro-batches of the step lies on the first stage.
+    And what a tower keeps that learns. Where all stages encode images, the input of all micro-batches of the step lies
+    on the first stage.
     """
     if stage or "connector" not in run.trainable:
         return 0
@@ -276,7 +285,21 @@ def _images(run: Run, stage: int) -> float:
     under_way = -(-passes_in_flight(len(run.stages), stage, run.micro_batches, len(chunks)) // len(chunks))
     tokens = run.images * image_tokens(run.vision, run.connector) * run.numbers.weight
     joined = run.connector.input_size(run.vision) * (run.micro_batches if run.tower_on_all_stages else under_way)
-    return tokens * (joined + 2 * run.language.hidden_size * under_way)
+    kept = tokens * (joined + 2 * run.language.hidden_size * under_way)
+    return kept + (under_way * _tower(run).kept if run.tower_learns else 0)
+
+
+def _tower(run: Run) -> TowerMemory:
+    """Of the largest share of a micro-batch's images in the tensor-parallel group."""
+    share = -(-run.images // run.tensor)
+    return learning_tower(
+        run.vision,
+        run.connector,
+        share,
+        run.numbers.weight,
+        recomputed=run.tower_recomputed,
+        unfused=run.local_layers,
+    )
 
 
 def passes_in_flight(pipeline: int, stage: int, micro_batches: int, virtual: int = 1) -> int:
@@ -302,8 +325,10 @@ def _moments(run: Run, stage: int, recompute: Recompute) -> dict[str, float]:
         moments[_LAYER_MOMENT] += layer.mlp
     if stage == len(run.stages) - 1:
         moments[_HEAD_MOMENT] = _head(run)
-    if stage == 0 and not run.tower_on_all_stages:
-        # All its hidden states are kept until the connector has chosen. Before the pipeline begins there is room.
+    if stage == 0 and run.tower_learns:
+        moments[_TOWER_MOMENT] = _tower(run).moment
+    elif stage == 0 and not run.tower_on_all_stages:
+        # All its hidden states are there until the connector has chosen. Before the pipeline begins there is room.
         states = layer_table(run.vision, run.connector).deepest + 1
         tokens = -(-run.images // run.tensor) * run.vision.num_patches
         moments[_TOWER_MOMENT] = tokens * states * run.vision.hidden_size * run.numbers.weight

@@ -101,7 +101,7 @@ def chunk_parameters(
     layers = tuple(_layer(model, tensor)) * stages[stage][chunk]
     front = tuple(_connector_side(model)) if first else ()
     if model.tower_on_all_stages and chunk == 0 and not first:
-        front = (_tower(model),)
+        front = tuple(_tower(model))
     newline = (Parameter("image_newline", model.language.hidden_size, "connector" in model.trainable),)
     return (
         *(newline if first and model.newline else ()),
@@ -203,12 +203,20 @@ def _layer_adapters(model: Model, tensor: int) -> Iterator[Parameter]:
         yield Parameter("lora_B", rank * outputs, True)
 
 
-def _tower(model: Model) -> Parameter:
-    return Parameter("vision_tower", tower_parameters(model.vision, model.connector), False)
+def _tower(model: Model) -> Iterator[Parameter]:
+    """A frozen one in one piece; each tensor of one that learns, blocks last. What is not read is frozen."""
+    if "vision_tower" not in model.trainable:
+        yield Parameter("vision_tower", tower_parameters(model.vision, model.connector), False)
+        return
+    family, dimensions = model.vision.about, model.vision.dimensions
+    for number in range(-1, layer_table(model.vision, model.connector).deepest):
+        for name, shape in (family.outer if number < 0 else family.block).items():
+            elements = prod(dimensions.get(one, one) for one in shape)
+            yield Parameter(f"vision_tower.{name}", elements, name not in family.optional)
 
 
 def _connector_side(model: Model) -> Iterator[Parameter]:
-    yield _tower(model)
+    yield from _tower(model)
     width, learns = model.language.hidden_size, "connector" in model.trainable
     for name, elements in (
         ("connector.mlp.0.weight", model.connector.input_size(model.vision) * width),

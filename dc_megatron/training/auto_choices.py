@@ -152,6 +152,7 @@ def planned_run(
         data=steps.data_parallel_size,
         sequence_parallel=settings.sequence_parallel,
         tower_on_all_stages=settings.vision_tower_stages == "all",
+        tower_recomputed=settings.recomputes_tower,
         newline=checked.tiling.has_newline,
         lora_rank=checked.lora.r if checked.lora else 0,
         bucketed="--overlap-grad-reduce" in typed,

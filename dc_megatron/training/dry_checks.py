@@ -78,8 +78,6 @@ def refuse_another_count(
 def refuse_unfit_data(checked: Checked) -> None:
     """UserError for lengths that the model was not made for; what is left is known from the flags' own checks."""
     settings, most = checked.settings, checked.language.max_position_embeddings
-    if "vision_tower" in settings.trainable:
-        raise UserError("--dry-run: a vision tower that learns is not counted yet; leave it out of --trainable")
     if settings.model_max_length > most:
         raise UserError(
             f"--model_max_length {settings.model_max_length}: {checked.language.path} was trained on up to {most}"

@@ -78,8 +78,7 @@ def make_model_provider(checked: Checked) -> Callable:
             # A tower that an earlier run has trained goes on in all that follow, whether it learns there or not.
             model.tower_is_stored = holds_tower(checked.start.tree)
             model.tower_is_given = not model.tower_is_stored
-        recomputes = settings.gradient_checkpointing or settings.recompute == "full"
-        model.set_trainable(set(settings.trainable), recompute_tower=recomputes)
+        model.set_trainable(set(settings.trainable), recompute_tower=settings.recomputes_tower)
         return model
 
     return model_provider

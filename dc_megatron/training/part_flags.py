@@ -40,7 +40,7 @@ def trained_parts(given: dict) -> tuple[str, ...]:
 
 
 def refuse_contradicted_rates(values: dict, engine: dict[str, list[str]]) -> None:
-    """UserError: the rate of a part that is frozen, a start of warm-up, an estimate that takes the tower for frozen."""
+    """UserError: the rate of a part that is frozen, a start of warm-up, images encoded ahead by a tower that learns."""
     for name in ("mm_projector_lr", "vision_tower_lr"):
         if values[name] is None:
             continue
@@ -61,9 +61,3 @@ def refuse_contradicted_rates(values: dict, engine: dict[str, list[str]]) -> Non
         raise UserError(
             "--vision-tower-stages all: takes the vision tower for frozen, as images are encoded ahead; use first"
         )
-    for name in ("recompute", "pipeline_split"):
-        if learns and values[name] == "auto":
-            raise UserError(
-                f"--{name.replace('_', '-')} auto: its estimate takes the vision tower for frozen; choose one of the"
-                " other values"
-            )

@@ -102,6 +102,11 @@ class RunSettings:
     given: tuple[str, ...]
 
     @property
+    def recomputes_tower(self) -> bool:
+        """Whether a tower that learns computes its blocks again in the backward pass."""
+        return "vision_tower" in self.trainable and (self.gradient_checkpointing or self.recompute == "full")
+
+    @property
     def own_rates(self) -> dict[str, float]:
         """Peak learning rate of the parts that learn and do not take ``learning_rate``."""
         rates = {"connector": self.mm_projector_lr, "vision_tower": self.vision_tower_lr}

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dc_megatron.benchmark.step_workload import read_workload
 from dc_megatron.config import ConnectorConfig, LanguageConfig, VisionConfig, layer_table
-from dc_megatron.model.dense_connector import DenseConnector
+from dc_megatron.model.dense_connector import DenseConnector, join_features
 from dc_megatron.model.vision_tower import VisionTower
 from dc_megatron.planner.flops import linear_parameters, step_flops, tower_flops
 
@@ -147,6 +147,25 @@ def test_towers(family, kind):
     assert counted(lambda: tower(torch.zeros(1, 3, size, size))) == tower_flops(vision, connector)
     # No layer above the one that is read: the last of six is never built for CLIP.
     assert len(tower.model.encoder.layers) == layer_table(vision, connector).deepest < 6
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_a_tower_that_learns(family):
+    vision = VisionConfig.from_config(TOWERS[family], "test")
+    tower = VisionTower(vision, layer_table(vision, CONNECTOR))
+    tower.model.config._attn_implementation = "eager"
+    tower.set_learning(True)
+    module = DenseConnector(vision, CONNECTOR, LLAMA["hidden_size"], seed=1)
+    size = TOWERS[family]["image_size"]
+
+    def passes() -> None:
+        states = tower(torch.zeros(1, 3, size, size))
+        module(join_features(states, layer_table(vision, CONNECTOR), "dci")).sum().backward()
+
+    done = step_flops(
+        LANGUAGE, vision, CONNECTOR, lengths=[1], images=1, supervised_tokens=1, trainable=("connector", "vision_tower")
+    )
+    assert done.tower + done.connector == counted(passes)
 
 
 @pytest.mark.parametrize(("trainable", "trained"), [(("connector", "llm"), True), (("llm",), False)])

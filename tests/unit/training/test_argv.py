@@ -229,7 +229,6 @@ def test_a_shorter_row_shortens_the_samples_with_a_note():
             "--mm_projector_lr 1e-3 --lr-warmup-init 1e-4",
             "--lr-warmup-init 1e-4 cannot be given beside --mm_projector_lr",
         ),
-        ("--trainable connector,vision_tower --recompute auto", "--recompute auto takes the vision tower for frozen"),
         (
             "--trainable connector,vision_tower --vision-tower-stages all",
             "stages all takes the vision tower for frozen",

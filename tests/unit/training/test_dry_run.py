@@ -95,6 +95,19 @@ LAYOUTS = {
         _flags("phi-2", SIGLIP, "--version phi --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
         12,
     ),
+    "a tower that learns": (
+        _flags(
+            "vicuna-7b",
+            CLIP,
+            "--version v1 --trainable connector,llm,vision_tower --tensor-model-parallel-size 2"
+            " --pipeline-model-parallel-size 2 --pipeline-split auto --gradient_checkpointing True",
+        ),
+        12,
+    ),
+    "a tower and a connector that learn": (
+        _flags("llama3.1-8b", SIGLIP, "--version llama_3 --trainable connector,vision_tower --recompute auto"),
+        3,
+    ),
     "tied": (None, 6),
     "fp8": (
         _flags("llama3.1-8b", CLIP, "--version llama_3 --fp8-format hybrid --tensor-model-parallel-size 2"),
