@@ -20,6 +20,7 @@ _WARNINGS = (
     ("torch.distributed is disabled, unavailable or uninitialized", "megatron-core reads checkpoint metadata so"),
     ("The argument order of load has been changed", "megatron-core's call of torch"),
     ("Please use DTensor instead", "megatron-core's checkpoints are made of ShardedTensor"),
+    ("MimoModelConfig is experimental", "megatron-core imports it; nothing here is made of it"),
     ("\n        It is recommended to use a ModelConfig", "a model provider is what joins tower and language model"),
 )
 
