@@ -23,13 +23,12 @@ from dc_megatron.model.image_shares import gather_shares
 from dc_megatron.model.last_layer import LastLayer, ask_for_rows, wanted_rows
 from dc_megatron.model.lora import LoraAdapters
 from dc_megatron.model.loss_head import HeadRequest, head
+from dc_megatron.model.row_pieces import rounded_up
 from dc_megatron.model.vision_tower import VisionTower
 
 TRAINABLE_PARTS = ("connector", "llm", "vision_tower", "lora")
 NEWLINE = "image_newline"
 TOWER = "vision_tower."
-# Of the longest sample of a row, as kernels are told.
-_LENGTH_STEP = 512
 # Transformer Engine's norms announce a state that never holds anything, torch's norms announce none. Left out of
 # checkpoints, so that either can load what the other saved; the state of the linears (for FP8) both have.
 _IDLE_STATE = "layernorm._extra_state"
@@ -127,7 +126,8 @@ class DenseConnectorModel(MegatronModule):
         ``joined_features`` [num_images, tokens, channels], on which the connector then works. ``image_places`` and
         ``target_places`` (indices into the flattened b * s of images and targets) may be there: looking for them on a
         GPU would make the host wait. ``cache``: an inference context of megatron.core, which keeps keys and values; the
-        batch then goes on where it ended.
+        batch then goes on where it ended. Under context parallelism the batch is a rank's part (see
+        ``row_pieces.take_pieces``), and so are losses and hidden states; images are those of the whole row.
         """
         embeddings = self._embed(batch) if self.pre_process else None
         # Questions to a model in training come unpacked, without bounds.
@@ -156,15 +156,17 @@ class DenseConnectorModel(MegatronModule):
 
     def _packed_seq_params(self, batch: dict) -> PackedSeqParams:
         bounds = batch["cu_seqlens"]
-        # Rounded up, so that kernels that are built for a length are built for few.
-        longest = -(-int(batch["max_seqlen"]) // _LENGTH_STEP) * _LENGTH_STEP
-        return PackedSeqParams(
+        longest = rounded_up(int(batch["max_seqlen"]))
+        packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=bounds,
             cu_seqlens_kv=bounds,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
+        # Of a context-parallel rank; travels with the row as ``wanted_rows`` does.
+        packed.pieces = batch.get("row_pieces")
+        return packed
 
     def _embed(self, batch: dict) -> Tensor:
         """Token embeddings with image features in their places, [s, b, h], split under sequence parallelism."""

@@ -63,6 +63,7 @@ def build(job: Job):
         job.virtual,
         job.sequence_parallel,
         torch.bfloat16 if job.bf16 else torch.float16 if job.fp16 else torch.float32,
+        context_parallel_size=job.context,
     )
     config = transformer_config(language, layout)
     config.calculate_per_token_loss = job.loss_reduction == "token"
@@ -212,7 +213,7 @@ def train(job: Job) -> dict:
     if job.chunk_bytes is not None:
         loss_head.CHUNK_BYTES = job.chunk_bytes
     loss_head.chunked_loss = lambda rows, *others: chunked.append(len(rows)) or untouched["chunked_loss"](rows, *others)
-    parallel.start(job.tensor, job.pipeline, job.virtual)
+    parallel.start(job.tensor, job.pipeline, job.virtual, job.context)
     try:
         config, models = build(job)
         ddp_config = DistributedDataParallelConfig(
@@ -295,6 +296,7 @@ def train(job: Job) -> dict:
             "tensor_rank": tensor_rank,
             "pipeline_rank": mpu.get_pipeline_model_parallel_rank(),
             "data_rank": data_rank,
+            "context_rank": mpu.get_context_parallel_rank(),
             "losses": losses,
             "grad_norms": norms,
             "loss_scales": scales,
@@ -316,7 +318,7 @@ def _global_loss(reported: list[dict]) -> float | None:
     if not reported:
         return None
     total = torch.stack([entry["lm loss"] for entry in reported]).sum(dim=0)
-    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
+    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
     return float(total[0] / total[1])
 
 

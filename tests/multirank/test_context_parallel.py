@@ -1,0 +1,65 @@
+"""Rows divided over context-parallel ranks train as they do whole: losses and gradients against one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dc_megatron.data.tokenization import IGNORE
+from tests.multirank import parity
+from tests.multirank.test_packing_parity import SEQUENCE, job, make_batch, make_rows  # noqa: F401
+from tests.multirank.test_parity import TRAIN
+
+LAYOUTS = {
+    "CP2": (2, {"context": 2}),
+    "CP2xTP2+SP": (4, {"context": 2, "tensor": 2, "sequence_parallel": True}),
+    "CP2xPP2": (4, {"context": 2, "pipeline": 2}),
+    "CP2xDP2+distributed-optimizer": (4, {"context": 2, "distributed_optimizer": True}),
+    "CP4": (4, {"context": 4}),
+}
+LONG = pytest.mark.long
+
+
+def rows_of(tiling, which=(0, 1, 2)) -> list[dict]:
+    """Micro-batches of one row of 96 positions: pieces of 24 begin inside samples, one of them inside a picture."""
+    rows = make_rows(tiling)
+    return [make_batch(tiling, [rows[number]], SEQUENCE) for number in which]
+
+
+def first_step(workers, job, world: int, batches: list[dict], **settings):  # noqa: F811
+    """(loss, whole gradients by Hugging Face name) of one step over ``batches``."""
+    job = replace(job, micro_batches=[batches], **settings)
+    results = workers.run(TRAIN, world, job)
+    return parity.losses(results)[0], parity.merge(job, results, "gradients")
+
+
+def assert_alike(workers, job, batches: list[dict], layout: str = "CP2", **settings) -> None:  # noqa: F811
+    """Within the tolerances of the other layouts, for the same reason: sums of the same terms in another order."""
+    world, divided = LAYOUTS[layout]
+    loss, gradients = first_step(workers, job, world, batches, **divided, **settings)
+    expected, expected_gradients = first_step(workers, job, 1, batches, **settings)
+    assert abs(loss - expected) <= parity.LOSS_TOLERANCE
+    assert len(expected_gradients) > 0
+    worst, name = parity.worst_difference(gradients, expected_gradients)
+    assert worst <= parity.GRADIENT_TOLERANCE, f"gradient of {name} differs by {worst:.2e}"
+
+
+@pytest.mark.parametrize("layout", ["CP2", *(pytest.param(one, marks=LONG) for one in list(LAYOUTS)[1:])])
+def test_divided_rows_train_as_whole_ones(workers, job, layout):  # noqa: F811
+    batches = rows_of(job.tiling) if layout != "CP2xDP2+distributed-optimizer" else rows_of(job.tiling, (0, 2))
+    assert_alike(workers, job, batches, layout)
+
+
+def test_a_mean_over_each_micro_batch(workers, job):  # noqa: F811
+    assert_alike(workers, job, rows_of(job.tiling), loss_reduction="microbatch")
+
+
+@pytest.mark.parametrize("kept", [slice(24, 72), slice(0, 24)], ids=["none on rank 0", "none on rank 1"])
+def test_a_rank_without_a_target(workers, job, kept):  # noqa: F811
+    """Rank 0 has the first and the last quarter of a row."""
+    (batch,) = rows_of(job.tiling, (2,))
+    labels = torch.full_like(batch["labels"], IGNORE)
+    labels[:, kept] = batch["input_ids"][:, kept]
+    assert_alike(workers, job, [{**batch, "labels": labels}])
