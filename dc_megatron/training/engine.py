@@ -226,6 +226,8 @@ def _sample_pictures(checked: run.Checked, args, data: data_plan.Data | Validati
         obstacle = "virtual pipeline stages"
     elif args.overlap_param_gather:
         obstacle = "--overlap-param-gather"
+    elif args.context_parallel_size > 1:
+        obstacle = "--context-parallel-size"
     if obstacle is None:
         return SamplePictures(checked, data.index, data.config, data.folder, count)
     if "log_images" in checked.settings.given:

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dc_megatron.config import ConnectorConfig, LanguageConfig, LoraConfig, VisionConfig, image_tiling
 from dc_megatron.data.tokenization import IGNORE
+from dc_megatron.weights.lora_table import adapter_shapes
 from tests.multirank import parity
-from tests.multirank.test_packing_parity import SEQUENCE, job, make_batch, make_rows  # noqa: F401
+from tests.multirank.test_packing_parity import SEQUENCE, job, make_batch, make_rows, make_sample  # noqa: F401
 from tests.multirank.test_parity import TRAIN
 
 LAYOUTS = {
@@ -54,6 +56,48 @@ def test_divided_rows_train_as_whole_ones(workers, job, layout):  # noqa: F811
 
 def test_a_mean_over_each_micro_batch(workers, job):  # noqa: F811
     assert_alike(workers, job, rows_of(job.tiling), loss_reduction="microbatch")
+
+
+def test_a_rank_without_a_picture(workers, job):  # noqa: F811
+    """Where the connector alone learns, and an overlapped reduction waits for all of its parameters on every rank."""
+    samples = [make_sample(job.tiling, *sample, seed=7 + number) for number, sample in enumerate([(0, 30), (1, 20)])]
+    batch = make_batch(job.tiling, [samples], SEQUENCE)
+    assert not batch["image_mask"][:, :24].any()
+    assert not batch["image_mask"][:, 72:].any(), "rank 0 has the first and the last quarter"
+    text = rows_of(job.tiling, (1,))
+    for trainable in ("connector", "connector,llm"):
+        assert_alike(workers, job, [batch, *text], trainable=trainable, overlap_grad_reduce=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("connector", ["sti", "sci"])
+def test_other_connectors_and_a_tower_that_learns(workers, job, connector):  # noqa: F811
+    vision, settings = VisionConfig.from_folder(job.vision_folder), ConnectorConfig(connector)
+    width = LanguageConfig.from_folder(job.language_folder).hidden_size
+    other = replace(
+        job,
+        connector_type=connector,
+        connector_state=parity.connector_state(vision, settings, width),
+        tiling=image_tiling(vision, settings),
+        trainable="connector,llm,vision_tower",
+    )
+    assert_alike(workers, other, [make_batch(other.tiling, [make_rows(other.tiling)[0][::2]], 128)])
+
+
+@pytest.mark.long
+def test_recomputed_layers(workers, job):  # noqa: F811
+    assert_alike(workers, job, rows_of(job.tiling), recompute="full")
+
+
+@pytest.mark.long
+def test_adapters(workers, job):  # noqa: F811
+    language = LanguageConfig.from_folder(job.language_folder)
+    lora = LoraConfig(r=4, alpha=8)
+    generator = torch.Generator().manual_seed(3)
+    state = {
+        name: torch.randn(*shape, generator=generator) * 0.1 for name, shape in adapter_shapes(language, 4).items()
+    }
+    assert_alike(workers, job, rows_of(job.tiling), trainable="connector,lora", lora=lora, lora_state=state)
 
 
 @pytest.mark.parametrize("kept", [slice(24, 72), slice(0, 24)], ids=["none on rank 0", "none on rank 1"])
