@@ -43,8 +43,10 @@ def assert_alike(workers, job, batches: list[dict], layout: str = "CP2", **setti
     loss, gradients = first_step(workers, job, world, batches, **divided, **settings)
     expected, expected_gradients = first_step(workers, job, 1, batches, **settings)
     assert abs(loss - expected) <= parity.LOSS_TOLERANCE
-    assert len(expected_gradients) > 0
-    worst, name = parity.worst_difference(gradients, expected_gradients)
+    # A bias of the tower's keys moves all of a query's scores alike, which softmax does not see: its gradient is noise.
+    counted = {name: g for name, g in expected_gradients.items() if not name.endswith("self_attn.k_proj.bias")}
+    assert len(counted) > 0
+    worst, name = parity.worst_difference(gradients, counted)
     assert worst <= parity.GRADIENT_TOLERANCE, f"gradient of {name} differs by {worst:.2e}"
 
 
