@@ -19,7 +19,7 @@ from torch import Tensor
 from dc_megatron.config import AdaptedLinear, LayerTable, LoraConfig, image_share
 from dc_megatron.model.dense_connector import DenseConnector, join_features
 from dc_megatron.model.frozen_casts import keep_frozen_casts
-from dc_megatron.model.image_shares import gather_shares
+from dc_megatron.model.image_shares import gather_shares, image_group
 from dc_megatron.model.last_layer import LastLayer, ask_for_rows, wanted_rows
 from dc_megatron.model.lora import LoraAdapters
 from dc_megatron.model.loss_head import HeadRequest, head
@@ -217,12 +217,12 @@ class DenseConnectorModel(MegatronModule):
         return self.connector(self.joined_features(pixels, num_images))
 
     def joined_features(self, pixels: Tensor, num_images: int) -> Tensor:
-        """What enters the connector, [num_images, tokens, channels], of tiles that the tensor-parallel group shares.
+        """What enters the connector, [num_images, tokens, channels], of tiles that the ranks of the same rows share.
 
         num_images counts tiles; pixels [k, 3, H, W] is this rank's share of them (see config.image_share). The tower's
         features are gathered.
         """
-        group = self.pg_collection.tp
+        group = image_group(self.pg_collection)
         # The first rank's is the widest; the others fill up to it.
         share = len(image_share(num_images, 0, group.size()))
         weight = self.connector.mlp[0].weight
@@ -231,7 +231,7 @@ class DenseConnectorModel(MegatronModule):
             missing = padded.new_zeros(share - padded.shape[0], *padded.shape[1:])
             padded = torch.cat([padded, missing])
         joined = join_features(self.vision_tower(padded), self.layer_table, self.dense_connector_type)
-        joined = gather_shares(joined, group)[:num_images]
+        joined = gather_shares(joined, self.pg_collection)[:num_images]
         assert joined.shape[0] == num_images, f"{joined.shape[0]} images encoded, {num_images} expected"
         return joined
 

@@ -14,7 +14,7 @@ from tests.multirank.job import Job
 
 
 def share_pixels(batch: dict, rank: int, size: int) -> dict:
-    """The batch as the data room delivers it to one tensor-parallel rank: with its share of the pixels only."""
+    """The batch as the data room delivers it to one of the ranks that share it: with its share of the pixels only."""
     share = -(-batch["num_images"] // size)
     return {**batch, "pixel_values": batch["pixel_values"][rank * share : (rank + 1) * share]}
 
@@ -251,6 +251,7 @@ def train(job: Job) -> dict:
         forward_step = make_forward_step(torch.device("cpu"), job.loss_reduction)
         data_rank, data_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         tensor_rank = mpu.get_tensor_model_parallel_rank()
+        sharing = mpu.get_tensor_and_context_parallel_group()
         ahead = _Ahead(models[0]) if job.tower_stages == "all" else None
         losses, norms, gradients, scales, steps_taken = [], [], {}, [], []
         for number, step in enumerate(job.micro_batches):
@@ -266,7 +267,7 @@ def train(job: Job) -> dict:
             optimizer.zero_grad()
             mine = step[data_rank::data_size]
             if ahead is None:
-                mine = [share_pixels(batch, tensor_rank, job.tensor) for batch in mine]
+                mine = [share_pixels(batch, sharing.rank(), sharing.size()) for batch in mine]
             else:
                 ahead.give(mine)
                 ahead.images.encode(models[0], len(mine))

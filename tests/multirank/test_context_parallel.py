@@ -74,8 +74,8 @@ def test_a_rank_without_a_picture(workers, job):  # noqa: F811
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("connector", ["sti", "sci"])
-def test_other_connectors_and_a_tower_that_learns(workers, job, connector):  # noqa: F811
+@pytest.mark.parametrize(("connector", "layout"), [("sti", "CP2"), ("sci", "CP2"), ("sci", "CP2xTP2+SP")])
+def test_other_connectors_and_a_tower_that_learns(workers, job, connector, layout):  # noqa: F811
     vision, settings = VisionConfig.from_folder(job.vision_folder), ConnectorConfig(connector)
     width = LanguageConfig.from_folder(job.language_folder).hidden_size
     other = replace(
@@ -85,7 +85,9 @@ def test_other_connectors_and_a_tower_that_learns(workers, job, connector):  # n
         tiling=image_tiling(vision, settings),
         trainable="connector,llm,vision_tower",
     )
-    assert_alike(workers, other, [make_batch(other.tiling, [make_rows(other.tiling)[0][::2]], 128)])
+    batch = make_batch(other.tiling, [make_rows(other.tiling)[0][::2]], 128)
+    assert batch["num_images"] == 3, "ranks have different numbers"
+    assert_alike(workers, other, [batch], layout)
 
 
 @pytest.mark.long

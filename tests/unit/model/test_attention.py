@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,16 +91,16 @@ def test_torchs_varlen_attention_gets_what_it_takes(monkeypatch):
 
     monkeypatch.setattr(varlen, "varlen_attn", take)
     query, key, value = make([5, 3], groups=2)
-    bounds = torch.tensor([0, 5, 8], dtype=torch.int32)
-    assert KERNELS["torch_varlen"](query, key, value, Bounds.of_samples(bounds, 512), 0.25, 0.0) is query
+    bounds = Bounds(*(torch.tensor(edges, dtype=torch.int32) for edges in ([0, 2, 5], [0, 5, 8])), 512, 1024)
+    assert KERNELS["torch_varlen"](query, key, value, bounds, 0.25, 0.0) is query
     assert given["key"].shape == given["value"].shape == query.shape
     assert torch.equal(given["key"][:, 4], key[:, 1])
-    assert given["cu_seq_q"] is bounds
-    assert given["cu_seq_k"] is bounds
-    assert (given["max_q"], given["max_k"], given["scale"]) == (512, 512, 0.25)
+    assert given["cu_seq_q"] is bounds.queries
+    assert given["cu_seq_k"] is bounds.keys
+    assert (given["max_q"], given["max_k"], given["scale"]) == (512, 1024, 0.25)
     assert given["window_size"] == (-1, 0), "all of the past and nothing of what comes"
     with pytest.raises(AssertionError, match="no dropout"):
-        KERNELS["torch_varlen"](query, key, value, Bounds.of_samples(bounds, 512), 0.25, 0.1)
+        KERNELS["torch_varlen"](query, key, value, bounds, 0.25, 0.1)
 
 
 def make(lengths: list[int], groups: int = HEADS) -> tuple[torch.Tensor, ...]:
@@ -174,6 +175,25 @@ def test_a_row_in_sixteen_bits_is_the_row_in_thirty_two():
     half = KERNELS["sdpa"](*(x.bfloat16() for x in inputs), bounds, 0.25, 0.0)
     assert half.dtype == torch.bfloat16
     assert (half.float() - whole).abs().max() <= 2**-5
+
+
+def test_transformer_engines_layers_get_our_attention_where_rows_are_divided(monkeypatch):
+    """Its parts cannot be made without it; megatron-core's own stand in for them."""
+    from dc_megatron.model import language_model
+
+    monkeypatch.setattr(
+        language_model,
+        "get_gpt_layer_with_transformer_engine_submodules",
+        lambda qk_layernorm: language_model.get_gpt_layer_local_submodules(qk_layernorm=qk_layernorm),
+    )
+    language = SimpleNamespace(qk_norm=False, parallel_layers=False)
+    theirs, ours = (
+        language_model._transformer_engine_parts(language, SimpleNamespace(context_parallel_size=size))
+        for size in (1, 2)
+    )
+    assert theirs.self_attention.submodules.core_attention is not attention.TorchCoreAttention
+    assert ours.self_attention.submodules.core_attention is attention.TorchCoreAttention
+    assert ours.self_attention.submodules.linear_qkv is theirs.self_attention.submodules.linear_qkv
 
 
 def test_one_position_attends_to_all_that_is_kept():
