@@ -40,6 +40,7 @@ class Layout:
     transformer_engine: bool = False
     # Megatron's name of a scaling recipe ("delayed", "tensorwise", "blockwise"); None: no FP8.
     fp8_recipe: str | None = None
+    context_parallel_size: int = 1
 
 
 def transformer_config(language: LanguageConfig, layout: Layout) -> TransformerConfig:
@@ -68,13 +69,15 @@ def transformer_config(language: LanguageConfig, layout: Layout) -> TransformerC
         bias_activation_fusion=layout.transformer_engine,
         bias_dropout_fusion=layout.transformer_engine,
         masked_softmax_fusion=layout.transformer_engine,
-        apply_rope_fusion=layout.transformer_engine,
+        # The fused kernel counts positions in a way that does not fit pieces of a row.
+        apply_rope_fusion=layout.transformer_engine and layout.context_parallel_size == 1,
         # Programs without the engine have no gradient buffers that a layer could add to.
         gradient_accumulation_fusion=False,
         persist_layer_norm=layout.transformer_engine,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=layout.params_dtype,
         pipeline_dtype=layout.params_dtype,
@@ -126,7 +129,7 @@ class _TorchNorm:
 
 def _block_spec(language: LanguageConfig, config: TransformerConfig, transformer_engine: bool, layers: int, last: bool):
     """``layers`` layers; with ``last`` the uppermost of them is the model's."""
-    parts = _transformer_engine_parts(language) if transformer_engine else _torch_parts(language, config)
+    parts = _transformer_engine_parts(language, config) if transformer_engine else _torch_parts(language, config)
     plain, uppermost = (ParallelLayer, LastParallelLayer) if language.parallel_layers else (TransformerLayer, LastLayer)
     specs = [ModuleSpec(module=plain, submodules=parts)] * (layers - last)
     specs += [ModuleSpec(module=uppermost, submodules=parts)] * last
@@ -147,8 +150,12 @@ def _torch_parts(language: LanguageConfig, config: TransformerConfig) -> Transfo
     return _behind_one_norm(parts) if language.parallel_layers else parts
 
 
-def _transformer_engine_parts(language: LanguageConfig) -> TransformerLayerSubmodules:
+def _transformer_engine_parts(language: LanguageConfig, config: TransformerConfig) -> TransformerLayerSubmodules:
     parts = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=language.qk_norm)
+    if config.context_parallel_size > 1:
+        # Its own context parallelism cuts every sample into equal pieces, which would have to be filled up for that.
+        attention = replace(parts.self_attention.submodules, core_attention=TorchCoreAttention)
+        parts = replace(parts, self_attention=replace(parts.self_attention, submodules=attention))
     if not language.parallel_layers:
         return parts
     # Transformer Engine fuses a norm with the linear behind it; here two linears are behind one norm.
@@ -167,6 +174,12 @@ def _transformer_engine_parts(language: LanguageConfig) -> TransformerLayerSubmo
 def _behind_one_norm(parts: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
     """The norm keeps its name in checkpoints: no linear owns it."""
     return replace(parts, pre_mlp_layernorm=IdentityOp, sharded_state_dict_keys_map={})
+
+
+def _frequencies_of_pieces(_decoder, arguments: tuple, named: dict) -> tuple[tuple, dict]:
+    """Rotary frequencies [t, 1, 1, d] of a context-parallel rank's own positions in place of a sample's."""
+    frequencies = named["rotary_pos_emb"].index_select(0, named["packed_seq_params"].pieces.places)
+    return arguments, {**named, "rotary_pos_emb": frequencies}
 
 
 def build_language_model(
@@ -205,6 +218,9 @@ def build_language_model(
         vp_stage=vp_stage,
         pg_collection=pg_collection,
     )
+    if config.context_parallel_size > 1:
+        assert not config.apply_rope_fusion, "the fused rotary kernel does not know pieces of a row"
+        model.decoder.register_forward_pre_hook(_frequencies_of_pieces, with_kwargs=True)
     if language.linear_bias and post_process:
         add_head_bias(model.output_layer)
     return model

@@ -19,17 +19,16 @@ from torch import Tensor
 from dc_megatron.config import AdaptedLinear, LayerTable, LoraConfig, image_share
 from dc_megatron.model.dense_connector import DenseConnector, join_features
 from dc_megatron.model.frozen_casts import keep_frozen_casts
-from dc_megatron.model.image_shares import gather_shares
+from dc_megatron.model.image_shares import gather_shares, image_group
 from dc_megatron.model.last_layer import LastLayer, ask_for_rows, wanted_rows
 from dc_megatron.model.lora import LoraAdapters
 from dc_megatron.model.loss_head import HeadRequest, head
+from dc_megatron.model.row_pieces import rounded_up
 from dc_megatron.model.vision_tower import VisionTower
 
 TRAINABLE_PARTS = ("connector", "llm", "vision_tower", "lora")
 NEWLINE = "image_newline"
 TOWER = "vision_tower."
-# Of the longest sample of a row, as kernels are told.
-_LENGTH_STEP = 512
 # Transformer Engine's norms announce a state that never holds anything, torch's norms announce none. Left out of
 # checkpoints, so that either can load what the other saved; the state of the linears (for FP8) both have.
 _IDLE_STATE = "layernorm._extra_state"
@@ -127,7 +126,8 @@ class DenseConnectorModel(MegatronModule):
         ``joined_features`` [num_images, tokens, channels], on which the connector then works. ``image_places`` and
         ``target_places`` (indices into the flattened b * s of images and targets) may be there: looking for them on a
         GPU would make the host wait. ``cache``: an inference context of megatron.core, which keeps keys and values; the
-        batch then goes on where it ended.
+        batch then goes on where it ended. Under context parallelism the batch is a rank's part (see
+        ``row_pieces.take_pieces``), and so are losses and hidden states; images are those of the whole row.
         """
         embeddings = self._embed(batch) if self.pre_process else None
         # Questions to a model in training come unpacked, without bounds.
@@ -156,15 +156,17 @@ class DenseConnectorModel(MegatronModule):
 
     def _packed_seq_params(self, batch: dict) -> PackedSeqParams:
         bounds = batch["cu_seqlens"]
-        # Rounded up, so that kernels that are built for a length are built for few.
-        longest = -(-int(batch["max_seqlen"]) // _LENGTH_STEP) * _LENGTH_STEP
-        return PackedSeqParams(
+        longest = rounded_up(int(batch["max_seqlen"]))
+        packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=bounds,
             cu_seqlens_kv=bounds,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
+        # Of a context-parallel rank; travels with the row as ``wanted_rows`` does.
+        packed.pieces = batch.get("row_pieces")
+        return packed
 
     def _embed(self, batch: dict) -> Tensor:
         """Token embeddings with image features in their places, [s, b, h], split under sequence parallelism."""
@@ -215,12 +217,12 @@ class DenseConnectorModel(MegatronModule):
         return self.connector(self.joined_features(pixels, num_images))
 
     def joined_features(self, pixels: Tensor, num_images: int) -> Tensor:
-        """What enters the connector, [num_images, tokens, channels], of tiles that the tensor-parallel group shares.
+        """What enters the connector, [num_images, tokens, channels], of tiles that the ranks of the same rows share.
 
         num_images counts tiles; pixels [k, 3, H, W] is this rank's share of them (see config.image_share). The tower's
         features are gathered.
         """
-        group = self.pg_collection.tp
+        group = image_group(self.pg_collection)
         # The first rank's is the widest; the others fill up to it.
         share = len(image_share(num_images, 0, group.size()))
         weight = self.connector.mlp[0].weight
@@ -229,7 +231,7 @@ class DenseConnectorModel(MegatronModule):
             missing = padded.new_zeros(share - padded.shape[0], *padded.shape[1:])
             padded = torch.cat([padded, missing])
         joined = join_features(self.vision_tower(padded), self.layer_table, self.dense_connector_type)
-        joined = gather_shares(joined, group)[:num_images]
+        joined = gather_shares(joined, self.pg_collection)[:num_images]
         assert joined.shape[0] == num_images, f"{joined.shape[0]} images encoded, {num_images} expected"
         return joined
 

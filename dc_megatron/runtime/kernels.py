@@ -41,10 +41,13 @@ def this_machine() -> Machine:
     )
 
 
-def chosen_kernels(machine: Machine, dtype: str = "bfloat16", fp8: str | None = None) -> dict[str, Choice]:
+def chosen_kernels(
+    machine: Machine, dtype: str = "bfloat16", fp8: str | None = None, context_parallel: bool = False
+) -> dict[str, Choice]:
     """Part -> Choice for attention, norms, products (GEMMs) and optimizer.
 
-    dtype: torch's name of what a run computes in. fp8: the recipe of scaling, or None.
+    dtype: torch's name of what a run computes in. fp8: the recipe of scaling, or None. context_parallel: rows are
+    divided over ranks, for which attention is always ours.
     """
     if not machine.cuda:
         why = "there is no GPU"
@@ -56,7 +59,9 @@ def chosen_kernels(machine: Machine, dtype: str = "bfloat16", fp8: str | None = 
         }
     if machine.transformer_engine is None:
         return {
-            "attention": Choice("Transformer Engine", ""),
+            "attention": _torch_attention(machine, dtype, "--context-parallel-size gathers keys and values itself")
+            if context_parallel
+            else Choice("Transformer Engine", ""),
             "norms": Choice("Transformer Engine, with the product behind them", ""),
             "products": Choice(f"Transformer Engine, {'FP8, ' + fp8 if fp8 else dtype}", _why_no_fp8(machine, fp8)),
             "optimizer": Choice("Transformer Engine FusedAdam", ""),

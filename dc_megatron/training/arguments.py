@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from dc_megatron.config import LanguageConfig, check_parallel_layout
 from dc_megatron.errors import UserError
 from dc_megatron.training.argv import Translation
+from dc_megatron.training.context_flags import context_argv, row_multiple, why_multiple
 from dc_megatron.training.engine_flags import engine_flags
 from dc_megatron.training.settings import RunSettings
 
@@ -106,13 +107,16 @@ def _packed_batch(
 
 def _data_parallel_size(settings: RunSettings, world_size: int) -> int:
     tensor, pipeline = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
-    if world_size % (tensor * pipeline):
+    context = settings.context_parallel_size
+    model = tensor * pipeline * context
+    if world_size % model:
+        divided = f" x --context-parallel-size {context}" if context > 1 else ""
         raise UserError(
             f"{world_size} processes cannot be divided into groups of --tensor-model-parallel-size {tensor} x"
-            f" --pipeline-model-parallel-size {pipeline} = {tensor * pipeline}; start a multiple of {tensor * pipeline}"
-            " processes or change the sizes"
+            f" --pipeline-model-parallel-size {pipeline}{divided} = {model}; start a multiple of {model} processes or"
+            " change the sizes"
         )
-    return world_size // (tensor * pipeline)
+    return world_size // model
 
 
 def _batch_sizes(settings: RunSettings, world_size: int, data_parallel: int) -> tuple[int, int]:
@@ -145,21 +149,17 @@ _PACKED_LENGTH = 4096
 
 
 def row_length(settings: RunSettings, notes: list[str]) -> int:
-    """Row length; under sequence parallelism every tensor parallel rank takes an equal piece of it."""
+    """Row length, of which all tensor- and context-parallel ranks that divide rows take equal parts."""
     length = settings.seq_length or settings.model_max_length
     if settings.packing != "none" and not settings.seq_length:
         length = max(_PACKED_LENGTH, settings.model_max_length)
-    tensor = settings.tensor_model_parallel_size
-    if settings.sequence_parallel and length % tensor:
+    multiple = row_multiple(settings)
+    rounded = math.ceil(length / multiple) * multiple
+    if rounded != length:
         if settings.seq_length:
-            raise UserError(
-                f"--seq-length {length}: --sequence-parallel needs a multiple of --tensor-model-parallel-size {tensor};"
-                f" use {math.ceil(length / tensor) * tensor}"
-            )
-        rounded = math.ceil(length / tensor) * tensor
-        notes.append(f"--seq-length {rounded}: {length}, rounded up to a multiple of {tensor} ranks")
-        return rounded
-    return length
+            raise UserError(f"--seq-length {length}: {why_multiple(settings)}; use {rounded}")
+        notes.append(f"--seq-length {rounded}: {length}, rounded up: {why_multiple(settings)}")
+    return rounded
 
 
 def _warmup_steps(settings: RunSettings, steps: int, notes: list[str]) -> int:
@@ -386,9 +386,11 @@ def engine_argv(translation: Translation, language: LanguageConfig, plan: StepPl
     settings = translation.settings
     return [
         *backend,
+        *context_argv(settings, backend),
         *megatron_shape_argv(language, settings, plan.seq_length, translation.megatron_argv),
         *finish(settings, plan),
-        *sharding_argv(translation, plan.data_parallel_size, "nccl" in backend),
+        # Context-parallel ranks have the same weights too, so gradients and optimizer are spread over them as well.
+        *sharding_argv(translation, plan.data_parallel_size * settings.context_parallel_size, "nccl" in backend),
         *async_save_argv(translation.megatron_argv, "nccl" in backend),
         *translation.megatron_argv,
     ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from dc_megatron.config import nearest
 from dc_megatron.errors import UserError
+from dc_megatron.training.context_flags import refuse_impossible_context
 from dc_megatron.training.engine_flags import EngineFlag, check_engine_flag, engine_flags, spelling_of
 from dc_megatron.training.flag_table import AVAILABLE, FLAGS, NO_MEANING, NOT_YET, Flag, flags_by_key
 from dc_megatron.training.fp8_flags import fp8_words, refuse_impossible_fp8
@@ -195,6 +196,7 @@ def _refuse_contradictions(reading: _Reading, values: dict) -> None:
     refuse_impossible_lora(values, set(reading.values))
     refuse_contradicted_layout(values, set(reading.values), reading.engine)
     refuse_contradicted_rates(values, reading.engine)
+    refuse_impossible_context(values, set(reading.values))
     if values["min_lr"] > values["learning_rate"]:
         raise UserError(f"--min-lr {values['min_lr']}: above --learning_rate {values['learning_rate']}")
     for name in _POSITIVE:
@@ -267,6 +269,7 @@ _POSITIVE = (
     "eval_steps",
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
+    "context_parallel_size",
 )
 _NOT_NEGATIVE = (
     "learning_rate",

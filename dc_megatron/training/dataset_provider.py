@@ -14,6 +14,7 @@ from dc_megatron.data.image_store import open_stores
 from dc_megatron.data.loader import MicroBatches
 from dc_megatron.errors import UserError
 from dc_megatron.model.dealt_images import dealing_place
+from dc_megatron.model.image_shares import image_group
 from dc_megatron.runtime import device
 from dc_megatron.training.data_plan import Data
 from dc_megatron.training.fp8_flags import length_multiple
@@ -33,8 +34,9 @@ def make_dataset_provider(
     Nodes that found other samples are refused before the first step. ``on_ready`` is called last: the model is there by
     then, and the first step begins.
 
-    Every rank reads its own rows; pixels are decoded on the first pipeline stage only, and each tensor-parallel rank
-    decodes its share. With ``ahead`` the ranks of all stages decode, and the iterator is what it makes of the loader.
+    Every data-parallel rank reads its own rows; pixels are decoded on the first pipeline stage only, where tensor- and
+    context-parallel ranks decode a share each. With ``ahead`` the ranks of all stages decode, and the iterator is what
+    it makes of the loader.
     """
 
     def provider(train_valid_test_num_samples, vp_stage: int | None = None):
@@ -62,10 +64,8 @@ def _micro_batches(
     data: Data | Validation, vision: VisionConfig, args, decodes: bool, start_row: int, dealt: bool = False
 ) -> MicroBatches:
     """This rank's micro-batches of ``data``; pixels where it ``decodes``, ``dealt``: over the ranks of all stages."""
-    tensor = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    sharing = image_group(groups)
     return MicroBatches(
         data.index,
         data.rows,
@@ -74,7 +74,7 @@ def _micro_batches(
         micro_batch_size=args.micro_batch_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        image_share=dealing_place(ProcessGroupCollection.use_mpu_process_groups()) if dealt else tensor,
+        image_share=dealing_place(groups) if dealt else (sharing.rank(), sharing.size()),
         deal_images=dealt,
         decode_images=decodes,
         stores=open_stores(data.config.sources, cache=data.folder) if decodes else None,

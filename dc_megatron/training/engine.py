@@ -170,9 +170,8 @@ def _say_hello(checked: run.Checked, data: data_plan.Data, notes: list[str]) -> 
     if rates:
         print(f"learning rates: {', '.join(rates)}; all else {settings.learning_rate:g}; one schedule for all, scaled")
     dtype = "bfloat16" if settings.bf16 else "float16" if settings.fp16 else "float32"
-    print(
-        as_line(chosen_kernels(this_machine(), dtype, settings.fp8_recipe if settings.fp8_format else None)), flush=True
-    )
+    recipe = settings.fp8_recipe if settings.fp8_format else None
+    print(as_line(chosen_kernels(this_machine(), dtype, recipe, settings.context_parallel_size > 1)), flush=True)
 
 
 def _say_validation(checked: run.Checked, validation: Validation) -> None:
@@ -226,6 +225,8 @@ def _sample_pictures(checked: run.Checked, args, data: data_plan.Data | Validati
         obstacle = "virtual pipeline stages"
     elif args.overlap_param_gather:
         obstacle = "--overlap-param-gather"
+    elif args.context_parallel_size > 1:
+        obstacle = "--context-parallel-size"
     if obstacle is None:
         return SamplePictures(checked, data.index, data.config, data.folder, count)
     if "log_images" in checked.settings.given:

@@ -55,6 +55,7 @@ _STEPS = "this program counts in optimizer steps: use --max_steps or --num_train
 _BATCH = "the batch size is fixed over a run: use --per_device_train_batch_size or --global-batch-size"
 _EVALUATION = "--eval_data_path is evaluated as one set, in batches of the training's size; --eval-iters shortens it"
 _ARCHITECTURE = "the language model is the dense decoder that --model_name_or_path describes"
+_CONTEXT = "keys and values are gathered over the ranks of --context-parallel-size, which is all that is to be said"
 _SHARDING = "not available yet; use --use-distributed-optimizer"
 
 # Options that Megatron would read and this program could not honour: (option, reason). Given, they are refused,
@@ -74,7 +75,7 @@ REFUSED = {
     **dict.fromkeys(("num-experts", "multi-latent-attention", "spec", "hybrid-layer-pattern"), _ARCHITECTURE),
     **dict.fromkeys(("heterogeneous-layers-config-path", "encoder-num-layers", "mtp-num-layers"), _ARCHITECTURE),
     **dict.fromkeys(("use-megatron-fsdp", "use-torch-fsdp2"), _SHARDING),
-    "context-parallel-size": "not available yet; use --tensor-model-parallel-size with --sequence-parallel",
+    **dict.fromkeys(("cp-comm-type", "hierarchical-context-parallel-sizes", "hybrid-context-parallel"), _CONTEXT),
     "expert-model-parallel-size": _ARCHITECTURE,
     "save-retain-interval": "not available yet; every checkpoint is kept",
     "ckpt-format": "checkpoints are torch_dist trees, which the tools read at any layout",
@@ -92,7 +93,6 @@ REFUSED = {
 # ... unless the value asks for what happens anyway.
 NEUTRAL = {
     "ckpt-format": "torch_dist",
-    "context-parallel-size": "1",
     "expert-model-parallel-size": "1",
 }
 

@@ -444,6 +444,15 @@ _PARALLEL = (
         handed_on=True,
     ),
     Flag(
+        "context-parallel-size",
+        int,
+        1,
+        "processes that share the positions of each packed row, for rows that are too long for one",
+        PARALLEL,
+        engine="--context-parallel-size",
+        handed_on=True,
+    ),
+    Flag(
         "pipeline-split",
         str,
         "even",

@@ -93,6 +93,7 @@ class RunSettings:
     dry_run: bool
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
+    context_parallel_size: int
     pipeline_split: str
     vision_tower_stages: str
     sequence_parallel: bool

@@ -125,15 +125,17 @@ def part_rates(session: Session) -> dict[str, float]:
 def _summed(step_counts: StepCounts, rates: dict[str, float] | None = None, wait: float = 0.0) -> dict[str, float]:
     """Counts of all ranks, ``rates``, and what counting ranks waited for data on average, known to every rank alike.
 
-    Rows are counted once a data-parallel rank, on the first stage and first tensor-parallel rank; replaced images on
-    every rank that decodes: the others count none. Rank 0 always has parameters that learn or an optimizer group, so
-    the rates are its.
+    Rows are counted once a data-parallel rank, on the first stage and first tensor- and context-parallel rank; replaced
+    images on every rank that decodes: the others count none. Rank 0 always has parameters that learn or an optimizer
+    group, so the rates are its.
     """
     from megatron.core import parallel_state
 
     rates, counts = rates or {}, step_counts.take()
     counting = (
-        parallel_state.get_pipeline_model_parallel_rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0
+        parallel_state.get_pipeline_model_parallel_rank() == 0
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
     )
     values = [counts[name] if counting or name == "substituted_images" else 0 for name in COUNTS]
     values.append(wait / parallel_state.get_data_parallel_world_size() if counting else 0.0)

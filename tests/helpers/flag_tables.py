@@ -20,7 +20,7 @@ OURS = (
 MEGATRONS = (
     *("seq-length", "global-batch-size", "micro-batch-size", "min-lr", "load"),
     *("fp8-format", "fp8-recipe", "eval-iters"),
-    *("tensor-model-parallel-size", "pipeline-model-parallel-size", "sequence-parallel"),
+    *("tensor-model-parallel-size", "pipeline-model-parallel-size", "context-parallel-size", "sequence-parallel"),
 )
 
 _HEAD = """\

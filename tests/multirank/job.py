@@ -23,6 +23,7 @@ class Job:
     pipeline: int = 1
     virtual: int | None = None
     sequence_parallel: bool = False
+    context: int = 1
     # Who encodes images, as --vision-tower-stages says.
     tower_stages: str = "first"
     distributed_optimizer: bool = False

@@ -14,7 +14,7 @@ from tests.multirank.job import Job
 
 
 def share_pixels(batch: dict, rank: int, size: int) -> dict:
-    """The batch as the data room delivers it to one tensor-parallel rank: with its share of the pixels only."""
+    """The batch as the data room delivers it to one of the ranks that share it: with its share of the pixels only."""
     share = -(-batch["num_images"] // size)
     return {**batch, "pixel_values": batch["pixel_values"][rank * share : (rank + 1) * share]}
 
@@ -63,6 +63,7 @@ def build(job: Job):
         job.virtual,
         job.sequence_parallel,
         torch.bfloat16 if job.bf16 else torch.float16 if job.fp16 else torch.float32,
+        context_parallel_size=job.context,
     )
     config = transformer_config(language, layout)
     config.calculate_per_token_loss = job.loss_reduction == "token"
@@ -212,7 +213,7 @@ def train(job: Job) -> dict:
     if job.chunk_bytes is not None:
         loss_head.CHUNK_BYTES = job.chunk_bytes
     loss_head.chunked_loss = lambda rows, *others: chunked.append(len(rows)) or untouched["chunked_loss"](rows, *others)
-    parallel.start(job.tensor, job.pipeline, job.virtual)
+    parallel.start(job.tensor, job.pipeline, job.virtual, job.context)
     try:
         config, models = build(job)
         ddp_config = DistributedDataParallelConfig(
@@ -250,6 +251,7 @@ def train(job: Job) -> dict:
         forward_step = make_forward_step(torch.device("cpu"), job.loss_reduction)
         data_rank, data_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         tensor_rank = mpu.get_tensor_model_parallel_rank()
+        sharing = mpu.get_tensor_and_context_parallel_group()
         ahead = _Ahead(models[0]) if job.tower_stages == "all" else None
         losses, norms, gradients, scales, steps_taken = [], [], {}, [], []
         for number, step in enumerate(job.micro_batches):
@@ -265,7 +267,7 @@ def train(job: Job) -> dict:
             optimizer.zero_grad()
             mine = step[data_rank::data_size]
             if ahead is None:
-                mine = [share_pixels(batch, tensor_rank, job.tensor) for batch in mine]
+                mine = [share_pixels(batch, sharing.rank(), sharing.size()) for batch in mine]
             else:
                 ahead.give(mine)
                 ahead.images.encode(models[0], len(mine))
@@ -295,6 +297,7 @@ def train(job: Job) -> dict:
             "tensor_rank": tensor_rank,
             "pipeline_rank": mpu.get_pipeline_model_parallel_rank(),
             "data_rank": data_rank,
+            "context_rank": mpu.get_context_parallel_rank(),
             "losses": losses,
             "grad_norms": norms,
             "loss_scales": scales,
@@ -316,7 +319,7 @@ def _global_loss(reported: list[dict]) -> float | None:
     if not reported:
         return None
     total = torch.stack([entry["lm loss"] for entry in reported]).sum(dim=0)
-    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group())
+    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
     return float(total[0] / total[1])
 
 

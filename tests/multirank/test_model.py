@@ -154,7 +154,7 @@ MAY_DIFFER = {
     "expert_tensor_parallel_num_weight_shards": "as above; there are no experts",
     "use_cpu_initialization": "None and False are asked for in the same if",
     "attention_softmax_in_fp32": "read by megatron-core's own softmax, which neither of our attentions uses",
-    "cp_comm_type": "there is no context parallelism",
+    "cp_comm_type": "our attention gathers keys and values, and has no other way",
     "inference_sampling_seed": "read by megatron-core's inference engine, which is not used",
     "overlap_p2p_comm": "when stages exchange what they computed: the engine overlaps under a virtual pipeline",
     "batch_p2p_comm": "its opposite",
@@ -191,8 +191,9 @@ TIED = replace(LLAMA, tie_word_embeddings=True, rope_scaling_factor=None, num_ke
                 "params_dtype": torch.float16,
             },
         ),
+        (LLAMA, "--context-parallel-size 2", 2, {"context_parallel_size": 2}),
     ],
-    ids=["TP1", "tied, no groups", "biases", "norms of heads", "phi", "TP2+SP bf16", "PP2 VPP2 fp16"],
+    ids=["TP1", "tied, no groups", "biases", "norms of heads", "phi", "TP2+SP bf16", "PP2 VPP2 fp16", "CP2"],
 )
 def test_the_configuration_is_the_one_that_the_engine_derives(workers, language, line, world_size, layout):
     arguments = (language, f"--max_steps 3 {line}", world_size)

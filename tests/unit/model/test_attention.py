@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dc_megatron.model import attention
 from dc_megatron.model.attention import KERNELS, packed_kernel
+from dc_megatron.model.row_pieces import Bounds
 from dc_megatron.runtime import installed
 
 HEADS, SIZE = 8, 16
@@ -89,16 +91,16 @@ def test_torchs_varlen_attention_gets_what_it_takes(monkeypatch):
 
     monkeypatch.setattr(varlen, "varlen_attn", take)
     query, key, value = make([5, 3], groups=2)
-    bounds = torch.tensor([0, 5, 8], dtype=torch.int32)
-    assert KERNELS["torch_varlen"](query, key, value, bounds, 512, 0.25, 0.0) is query
+    bounds = Bounds(*(torch.tensor(edges, dtype=torch.int32) for edges in ([0, 2, 5], [0, 5, 8])), 512, 1024)
+    assert KERNELS["torch_varlen"](query, key, value, bounds, 0.25, 0.0) is query
     assert given["key"].shape == given["value"].shape == query.shape
     assert torch.equal(given["key"][:, 4], key[:, 1])
-    assert given["cu_seq_q"] is bounds
-    assert given["cu_seq_k"] is bounds
-    assert (given["max_q"], given["max_k"], given["scale"]) == (512, 512, 0.25)
+    assert given["cu_seq_q"] is bounds.queries
+    assert given["cu_seq_k"] is bounds.keys
+    assert (given["max_q"], given["max_k"], given["scale"]) == (512, 1024, 0.25)
     assert given["window_size"] == (-1, 0), "all of the past and nothing of what comes"
     with pytest.raises(AssertionError, match="no dropout"):
-        KERNELS["torch_varlen"](query, key, value, bounds, 512, 0.25, 0.1)
+        KERNELS["torch_varlen"](query, key, value, bounds, 0.25, 0.1)
 
 
 def make(lengths: list[int], groups: int = HEADS) -> tuple[torch.Tensor, ...]:
@@ -123,6 +125,10 @@ def bounds_of(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
+def samples(lengths: list[int]) -> Bounds:
+    return Bounds.of_samples(bounds_of(lengths), max(lengths))
+
+
 @pytest.mark.parametrize("groups", [8, 2, 1])
 @pytest.mark.parametrize(
     "lengths", [[5, 1, 7, 3], [0, 4, 0, 0, 6, 0], [9]], ids=["four samples", "empty ones among them", "one"]
@@ -131,7 +137,7 @@ def test_the_kernel_of_every_machine_is_the_formula_for_each_sample(groups, leng
     """Values and gradients. fp32 sums of a few terms in another order: 1e-6 has an order of room."""
     inputs = make(lengths, groups)
     # A scale of its own: it must arrive.
-    ours = KERNELS["sdpa"](*inputs, bounds_of(lengths), max(lengths), 0.3, 0.0)
+    ours = KERNELS["sdpa"](*inputs, samples(lengths), 0.3, 0.0)
     edges = itertools.pairwise(bounds_of(lengths).tolist())
     theirs = torch.cat([formula(*(x[a:b] for x in inputs), 0.3) for a, b in edges])
     assert ours.shape == inputs[0].shape
@@ -153,22 +159,41 @@ def test_empty_samples_start_no_kernel(monkeypatch):
         "scaled_dot_product_attention",
         lambda query, *others, **settings: lengths.append(query.shape[2]) or attend(query, *others, **settings),
     )
-    KERNELS["sdpa"](*make([4, 6]), bounds_of([0, 4, 0, 0, 6, 0]), 6, 0.3, 0.0)
+    KERNELS["sdpa"](*make([4, 6]), samples([0, 4, 0, 0, 6, 0]), 0.3, 0.0)
     assert lengths == [4, 6]
 
 
 def test_bounds_must_cover_the_row():
     with pytest.raises(AssertionError, match="ends at 7, the row has 8"):
-        KERNELS["sdpa"](*make([5, 3]), torch.tensor([0, 5, 7]), 5, 0.3, 0.0)
+        KERNELS["sdpa"](*make([5, 3]), Bounds.of_samples(torch.tensor([0, 5, 7]), 5), 0.3, 0.0)
 
 
 def test_a_row_in_sixteen_bits_is_the_row_in_thirty_two():
     """bf16 keeps 8 bits of mantissa; a weighted mean of values near 1 is off by a few 2^-8."""
-    inputs, bounds = make([5, 3]), bounds_of([5, 3])
-    whole = KERNELS["sdpa"](*inputs, bounds, 5, 0.25, 0.0)
-    half = KERNELS["sdpa"](*(x.bfloat16() for x in inputs), bounds, 5, 0.25, 0.0)
+    inputs, bounds = make([5, 3]), samples([5, 3])
+    whole = KERNELS["sdpa"](*inputs, bounds, 0.25, 0.0)
+    half = KERNELS["sdpa"](*(x.bfloat16() for x in inputs), bounds, 0.25, 0.0)
     assert half.dtype == torch.bfloat16
     assert (half.float() - whole).abs().max() <= 2**-5
+
+
+def test_transformer_engines_layers_get_our_attention_where_rows_are_divided(monkeypatch):
+    """Its parts cannot be made without it; megatron-core's own stand in for them."""
+    from dc_megatron.model import language_model
+
+    monkeypatch.setattr(
+        language_model,
+        "get_gpt_layer_with_transformer_engine_submodules",
+        lambda qk_layernorm: language_model.get_gpt_layer_local_submodules(qk_layernorm=qk_layernorm),
+    )
+    language = SimpleNamespace(qk_norm=False, parallel_layers=False)
+    theirs, ours = (
+        language_model._transformer_engine_parts(language, SimpleNamespace(context_parallel_size=size))
+        for size in (1, 2)
+    )
+    assert theirs.self_attention.submodules.core_attention is not attention.TorchCoreAttention
+    assert ours.self_attention.submodules.core_attention is attention.TorchCoreAttention
+    assert ours.self_attention.submodules.linear_qkv is theirs.self_attention.submodules.linear_qkv
 
 
 def test_one_position_attends_to_all_that_is_kept():
@@ -176,7 +201,7 @@ def test_one_position_attends_to_all_that_is_kept():
     torch.manual_seed(0)
     core = attention.TorchCoreAttention.__new__(attention.TorchCoreAttention)
     torch.nn.Module.__init__(core)
-    core.dropout, core.softmax_scale = 0.0, SIZE**-0.5
+    core.dropout, core.softmax_scale, core.context_group = 0.0, SIZE**-0.5, None
     core.eval()
     query, key, value = (torch.randn(7, 2, heads, SIZE) for heads in (HEADS, 2, 2))
     whole = core(query, key, value, None)

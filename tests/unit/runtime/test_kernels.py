@@ -14,6 +14,12 @@ def test_with_transformer_engine_everything_is_its():
     bf16 = chosen_kernels(H200)
     assert all("Transformer Engine" in choice.choice for choice in bf16.values())
     assert bf16["products"].why == "--fp8-format hybrid is faster"
+    divided = chosen_kernels(H200, context_parallel=True)
+    assert "variable lengths" in divided["attention"].choice
+    assert "--context-parallel-size" in divided["attention"].why
+    assert {part: c for part, c in divided.items() if part != "attention"} == {
+        part: c for part, c in bf16.items() if part != "attention"
+    }
     fp8 = chosen_kernels(H200, fp8="delayed")
     assert fp8["products"].choice == "Transformer Engine, FP8, delayed"
     assert not any(choice.why for choice in fp8.values())

@@ -61,6 +61,18 @@ def test_megatrons_batch_names():
             2,
             ["255", "256"],
         ),
+        ("--packing best-fit --context-parallel-size 2", 3, ["x --context-parallel-size 2 = 2", "multiple of 2"]),
+        (
+            "--packing best-fit --context-parallel-size 2 --seq-length 4098",
+            2,
+            ["--seq-length 4098: --context-parallel-size 2 needs a multiple of 4; use 4100"],
+        ),
+        (
+            "--packing best-fit --context-parallel-size 2 --tensor-model-parallel-size 4 --sequence-parallel"
+            " --bf16 True --fp8-format hybrid --seq-length 4160",
+            8,
+            ["--context-parallel-size 2 beside --sequence-parallel needs a multiple of 128; use 4224"],
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_numbers(line, world, words):
@@ -103,6 +115,15 @@ def test_packed_rows_given_in_rows():
     assert any("counts, not the 16 samples" in note for note in got.notes)
     with pytest.raises(UserError, match=r"--global-batch-size 6 \(rows\): not divisible by 4 .* use 8"):
         plan("--packing best-fit --global-batch-size 6", world=4)
+
+
+def test_ranks_that_share_rows_read_the_same_ones():
+    got = plan("--packing best-fit --context-parallel-size 2 --global-batch-size 8", world=8)
+    assert (got.data_parallel_size, got.accumulation_steps) == (4, 2)
+    layout = "--tensor-model-parallel-size 2 --sequence-parallel"
+    got = plan(f"--packing best-fit --context-parallel-size 3 {layout} --model_max_length 5000", world=6)
+    assert got.seq_length == 5004, "two pieces for each of three, and two parts of each rank's positions"
+    assert any("5004: 5000, rounded up" in note for note in got.notes)
 
 
 def test_length_of_packed_rows():

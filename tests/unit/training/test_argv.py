@@ -245,7 +245,15 @@ def test_a_shorter_row_shortens_the_samples_with_a_note():
         ("--train-data-path x", "--train-data-path x --data_path"),
         ("--mock-data", "--mock-data --data_path"),
         ("--tokenizer-type GPT2BPETokenizer", "--model_name_or_path"),
-        ("--context-parallel-size 2", "--context-parallel-size 2 not available yet"),
+        ("--context-parallel-size 0", "--context-parallel-size 0 above 0"),
+        ("--context-parallel-size 2 --packing none", "--context-parallel-size 2 --packing none --packing best-fit"),
+        ("--context-parallel-size 2 --group_by_modality_length True", "--context-parallel-size 2 --packing best-fit"),
+        ("--context-parallel-size 2 --vision-tower-stages all", "--vision-tower-stages all leave it out"),
+        ("--context-parallel-size 2 --dry-run", "--dry-run tools/plan.py"),
+        ("--context-parallel-size 2 --recompute auto", "--recompute auto --context-parallel-size 2"),
+        ("--context-parallel-size 2 --pipeline-split auto", "--pipeline-split auto --context-parallel-size 2"),
+        ("--context-parallel-size 2 --log-images 3", "--log-images 3 --context-parallel-size 2"),
+        ("--cp-comm-type p2p", "--cp-comm-type p2p --context-parallel-size"),
         ("--eval-iters 3", "--eval-iters --eval_data_path FILE"),
         ("--eval_steps 3", "--eval_steps --eval_data_path FILE"),
         ("--evaluation_strategy steps", "--evaluation_strategy steps --eval_data_path FILE"),
@@ -268,7 +276,9 @@ def test_bad_flags_are_refused_with_one_message_that_helps(line, words):
         assert word in message, f"{word!r} is not in {message!r}"
 
 
-@pytest.mark.parametrize("line", ["--context-parallel-size 1", "--eval-iters 0", "--bits 16", "--optim adamw_torch"])
+@pytest.mark.parametrize(
+    "line", ["--context-parallel-size 1 --packing none", "--eval-iters 0", "--bits 16", "--optim adamw_torch"]
+)
 def test_values_that_ask_for_what_happens_anyway_are_accepted(line):
     translate(line.split())
 

@@ -28,7 +28,8 @@ fp8_format fp8_recipe fp8_check_interval learning_rate mm_projector_lr vision_to
 lr_scheduler_type warmup_ratio warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm output_dir
 load verify_checkpoint save_steps save_strategy logging_steps report_to logging_dir log_images dry_run
 eval_data_path eval_image_folder evaluation_strategy eval_strategy eval_steps eval_iters
-tensor_model_parallel_size pipeline_model_parallel_size pipeline_split vision_tower_stages sequence_parallel
+tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size sequence_parallel
+pipeline_split vision_tower_stages
 """)
 EXPLAINED_NAMES = shlex.split("""
 deepspeed per_device_eval_batch_size lazy_preprocess tf32
@@ -74,6 +75,7 @@ COLLISIONS = {
     "eval_iters": "computed",
     "tensor_model_parallel_size": "as it is",
     "pipeline_model_parallel_size": "as it is",
+    "context_parallel_size": "as it is",
     "sequence_parallel": "as it is",
 }
 

@@ -111,12 +111,6 @@ def test_contradictions_are_refused(check, more, message):
         check(**more)
 
 
-def test_a_context_parallel_size_of_one_is_no_contradiction(check):
-    assert check(context_parallel_size=1)
-    with pytest.raises(UserError, match="--context-parallel-size 2: not available yet"):
-        check(context_parallel_size=2, world_size=2)
-
-
 def test_the_data_config_follows_model_and_flags(check, workspace):
     checked = check(mm_dense_connector_type="sti", seed=7)
     config = data_plan.data_config(checked)
