@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import socket
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from dc_megatron.weights import checkpoint_folder
-from tests.end_to_end.launch import ROOT, Finished, Launch, metrics
+from tests.end_to_end.launch import ROOT, Finished, Launch, last_iteration, metrics
 
 
-def on_two_nodes(workspace, folder: Path, *flags: str, **more: str) -> list[Finished]:
+@contextmanager
+def two_nodes(workspace, folder: Path, *flags: str, **more: str) -> Iterator[list[Launch]]:
     """``bash examples/finetune_dc.sh`` once a node, each in a working directory with copies of everything."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -32,6 +36,12 @@ def on_two_nodes(workspace, folder: Path, *flags: str, **more: str) -> list[Fini
             recipe = ["bash", str(ROOT / "examples" / "finetune_dc.sh"), "--pretrain_mm_mlp_adapter", ""]
             recipe += ["--max_steps", "2", "--index-folder", "index", *flags]
             launches.append(stack.enter_context(Launch(recipe, folder / f"logs{node}", home, **words)))
+        yield launches
+
+
+def on_two_nodes(workspace, folder: Path, *flags: str, **more: str) -> list[Finished]:
+    """The same to their ends."""
+    with two_nodes(workspace, folder, *flags, **more) as launches:
         return [launch.finish() for launch in launches]
 
 
@@ -61,3 +71,16 @@ def test_an_output_folder_that_is_not_shared_is_refused_before_training(workspac
         assert "--output_dir run: ranks 1 (" in message
         assert "a folder that all of them share" in message
     assert not list(tmp_path.glob("node*/run/iter_*"))
+
+
+@pytest.mark.long
+def test_nodes_meet_again_after_a_process_of_one_died_and_the_run_goes_on(workspace, tmp_path):
+    shared, steps = tmp_path / "shared", 12
+    more = {"MAX_RESTARTS": "1", "SAVE_STEPS": "3", "OUTPUT": str(shared)}
+    with two_nodes(workspace, tmp_path, "--max_steps", str(steps), **more) as launches:
+        launches[0].wait_until(lambda: last_iteration(shared) >= 4, "a step after the first checkpoint")
+        os.kill(launches[1].ranks()[0], signal.SIGKILL)
+        finished = [launch.finish().assert_succeeded() for launch in launches]
+    assert any("resuming from iteration" in one.output for one in finished)
+    assert [line["iteration"] for line in metrics(shared)] == list(range(1, steps + 1))
+    assert checkpoint_folder.newest_complete(shared) == (steps, [])
