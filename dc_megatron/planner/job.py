@@ -90,7 +90,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way: sizes of the groups, virtual stages, rows of a micro-batch and their length, numbers, sharding."""
+    """One way: sizes of the groups, virtual stages, rows of a micro-batch and their length, numbers, sharding.
+
+    context: of context parallelism, which the search leaves at 1.
+    """
 
     tensor: int
     pipeline: int
@@ -99,3 +102,4 @@ class Choice:
     row_length: int
     precision: str
     sharded: bool
+    context: int = 1

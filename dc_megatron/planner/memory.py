@@ -79,6 +79,8 @@ class Run:
     micro_batches: int = 1
     tensor: int = 1
     data: int = 1
+    # Ranks that share each row: of its positions they hold equal parts, of keys and values all.
+    context: int = 1
     sequence_parallel: bool = False
     # All stages encode the images of a step before its pipeline begins (--vision-tower-stages all).
     tower_on_all_stages: bool = False
@@ -102,6 +104,11 @@ class Run:
             self.lora_rank,
             self.tower_on_all_stages,
         )
+
+    @property
+    def own_positions(self) -> float:
+        """Those of a micro-batch that a rank holds."""
+        return self.positions / self.context
 
     @property
     def language_learns(self) -> bool:
@@ -155,7 +162,7 @@ class StageMemory:
 def stage_memory(run: Run, stage: int, recompute: Recompute = Recompute()) -> StageMemory:
     """Memory of a rank of pipeline stage ``stage`` (from 0)."""
     numbers = run.numbers
-    sharding = Sharding(run.data, numbers.shards_optimizer, run.bucketed)
+    sharding = Sharding(run.data * run.context, numbers.shards_optimizer, run.bucketed)
     held = _held(run.model, run.tensor, run.stages, stage, sharding)
     moments = _moments(run, stage, recompute)
     moment = max(moments, key=moments.get)
@@ -224,15 +231,17 @@ def _layer(run: Run) -> _Layer:
         return _local_layer(run, hidden, queries, inner, widths)
     mlp = widths * inner * number + (own_norm + inner) * kept
     softmax = 4 * language.num_attention_heads / run.tensor
-    attention = (2 * queries + 2 * keys) * number + softmax + hidden * kept
+    attention = (2 * queries + run.context * 2 * keys) * number + softmax + hidden * kept
+    # Gradients of the whole row's keys and values, before every rank gets its own.
+    gathered = run.positions * 2 * keys * number if run.context > 1 else 0
     if run.numbers.fp8 and learns:
         attention += queries
     whole = mlp + attention + language.norms_per_layer * hidden * number
     return _Layer(
-        all=run.positions * whole,
-        mlp=run.positions * mlp,
-        input=run.positions * hidden * number,
-        backward=run.positions * number * ((widths + 1) * inner + 2 * hidden),
+        all=run.own_positions * whole,
+        mlp=run.own_positions * mlp,
+        input=run.own_positions * hidden * number,
+        backward=run.own_positions * number * ((widths + 1) * inner + 2 * hidden) + gathered,
     )
 
 
@@ -251,10 +260,10 @@ def _local_layer(run: Run, hidden: float, queries: float, inner: float, gates: i
     attention = (4 * queries + 4 * language.head_dim + (hidden + queries) * learns) * number
     attention += 4 * language.num_attention_heads / run.tensor
     return _Layer(
-        all=run.positions * (mlp + norms + attention),
-        mlp=run.positions * mlp,
-        input=run.positions * hidden * number,
-        backward=run.positions * number * ((gates + 1) * inner + 2 * hidden),
+        all=run.own_positions * (mlp + norms + attention),
+        mlp=run.own_positions * mlp,
+        input=run.own_positions * hidden * number,
+        backward=run.own_positions * number * ((gates + 1) * inner + 2 * hidden),
     )
 
 
@@ -290,8 +299,8 @@ def _images(run: Run, stage: int) -> float:
 
 
 def _tower(run: Run) -> TowerMemory:
-    """Of the largest share of a micro-batch's images in the tensor-parallel group."""
-    share = -(-run.images // run.tensor)
+    """Of the largest share of a micro-batch's images among the ranks that get the same rows."""
+    share = -(-run.images // (run.tensor * run.context))
     return learning_tower(
         run.vision,
         run.connector,
@@ -330,7 +339,7 @@ def _moments(run: Run, stage: int, recompute: Recompute) -> dict[str, float]:
     elif stage == 0 and not run.tower_on_all_stages:
         # All its hidden states are there until the connector has chosen. Before the pipeline begins there is room.
         states = layer_table(run.vision, run.connector).deepest + 1
-        tokens = -(-run.images // run.tensor) * run.vision.num_patches
+        tokens = -(-run.images // (run.tensor * run.context)) * run.vision.num_patches
         moments[_TOWER_MOMENT] = tokens * states * run.vision.hidden_size * run.numbers.weight
     return moments
 
@@ -338,6 +347,6 @@ def _moments(run: Run, stage: int, recompute: Recompute) -> dict[str, float]:
 def _head(run: Run) -> float:
     """Logits in fp32, what they are made of, and the gradient of the table, before it is added to the buffer."""
     columns = padded_vocab_size(run.language.vocab_size, run.tensor) / run.tensor
-    logits = min(4 * run.positions * columns, LOGITS)
+    logits = min(4 * run.own_positions * columns, LOGITS)
     table = columns * run.language.hidden_size * run.numbers.weight if run.language_learns else 0
     return 2 * logits + table

@@ -3,8 +3,9 @@
 Measured: benchmarks/results/7b_stage2_h200.json, Llama 7B with CLIP-L/336 on one H200 in bf16, nothing recomputed:
 1.282e15 operations in 2.365 s, 54.8 % of the data sheet's 989e12 a second, optimizer included. With the tower and the
 head weighted as in ``split`` that is DECODER of the data sheet for the decoder's own operations.
-Assumed: the same share at any size and on other GPUs; LINK bytes a second between tensor-parallel ranks, whose
-communication nothing hides; gradients and parameters travelling unseen; stages as equal as the split makes them.
+Assumed: the same share at any size and on other GPUs; LINK bytes a second between tensor-parallel and between
+context-parallel ranks, whose communication nothing hides; gradients and parameters travelling unseen; stages as equal
+as the split makes them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ LINK = 250e9
 
 @dataclass(frozen=True)
 class StepTime:
-    """seconds: of a step. communication: of it, between tensor-parallel ranks. bubble: share in which stages wait."""
+    """seconds: of a step. communication: of it, inside tensor- and context-parallel groups.
+
+    bubble: share in which stages wait.
+    """
 
     seconds: float
     communication: float
@@ -45,12 +49,16 @@ def step_time(
     layers = [sum(chunks) for chunks in split.stages]
     # Two exchanges of the hidden states forward and two backward, with sequence parallelism each in two halves.
     share = (choice.tensor - 1) / choice.tensor
-    bytes_of_layer = 4 * 2 * share * batch.most_positions * model.language.hidden_size * 2
+    positions = batch.most_positions / choice.context
+    bytes_of_layer = 4 * 2 * share * positions * model.language.hidden_size * 2
+    # Context-parallel ranks gather keys and values of the row, and add their gradients up.
+    keys = 2 * model.language.num_key_value_heads * model.language.head_dim / choice.tensor
+    bytes_of_layer += 2 * (choice.context - 1) * positions * keys * 2
     talk = max(layers) * bytes_of_layer / LINK * (1 + recomputed / passes)
     times = [costs.layer * count * (1 + recomputed / passes + _adapters(job)) for count in layers]
     times[0] += costs.front
     times[-1] += costs.head
-    slowest = max(times) / (DECODER * job.gpu.flops * choice.tensor) + talk
+    slowest = max(times) / (DECODER * job.gpu.flops * choice.tensor * choice.context) + talk
     waits = (choice.pipeline - 1) / choice.virtual
     seconds = (micro_batches + waits) * slowest
     return StepTime(seconds, micro_batches * talk, waits / (micro_batches + waits))

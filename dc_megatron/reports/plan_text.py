@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict
 
-from dc_megatron.planner.job import PRECISIONS, Job
+from dc_megatron.planner.job import PRECISIONS, Choice, Job
 from dc_megatron.planner.launch import Launch
 from dc_megatron.planner.memory import FIXED
 from dc_megatron.planner.parameter_count import learning_parameters, total_parameters
@@ -94,7 +94,7 @@ def best_lines(job: Job, plan: Plan) -> list[str]:
     times = " : ".join(f"{time:.2f}" for time in plan.split.times)
     layers = " | ".join("+".join(map(str, chunks)) for chunks in plan.split.stages)
     return [
-        f"plan: TP {choice.tensor} x PP {choice.pipeline} x DP {plan.data}"
+        f"plan: TP {choice.tensor} x PP {choice.pipeline}{_context(choice)} x DP {plan.data}"
         + (f", {choice.virtual} virtual stages" if choice.virtual > 1 else "")
         + f", {choice.precision}{f' ({note})' if note else ''}, optimizer"
         f" {'shared by' if choice.sharded else 'whole on'} the data-parallel ranks",
@@ -105,6 +105,10 @@ def best_lines(job: Job, plan: Plan) -> list[str]:
         f"speed: about {plan.tokens_per_second:,.0f} positions a second, {plan.time.seconds:.2f} s a step,"
         f" {plan.days(job):.2f} days for the data",
     ]
+
+
+def _context(choice: Choice) -> str:
+    return f" x CP {choice.context}" if choice.context > 1 else ""
 
 
 def memory_lines(plan: Plan) -> list[str]:
@@ -125,8 +129,8 @@ def _line(job: Job, plan: Plan) -> str:
     recompute = plan.recompute.recompute
     again = {"none": "nothing", "selective": "MLPs"}.get(recompute.granularity, f"{recompute.layers} layers a chunk")
     return (
-        f"TP {choice.tensor} x PP {choice.pipeline}{virtual} x DP {plan.data}, {choice.precision}, rows of"
-        f" {choice.row_length}: {plan.tokens_per_second:,.0f} positions/s, {plan.days(job):.2f} days,"
+        f"TP {choice.tensor} x PP {choice.pipeline}{virtual}{_context(choice)} x DP {plan.data}, {choice.precision},"
+        f" rows of {choice.row_length}: {plan.tokens_per_second:,.0f} positions/s, {plan.days(job):.2f} days,"
         f" {most / 1e9:.0f} GB, {again} recomputed, bubble {100 * plan.time.bubble:.0f} %"
     )
 
@@ -144,7 +148,7 @@ def caveats(job: Job) -> list[str]:
     """What the numbers are worth."""
     return [
         "Estimates. Memory: a formula that was fitted to four peaks on one H200 at TP 1 without recomputation; with TP,"
-        " PP, DP, LoRA or recomputation it is unmeasured. Parameters, gradient buffers and optimizer states are"
+        " PP, CP, DP, LoRA or recomputation it is unmeasured. Parameters, gradient buffers and optimizer states are"
         " exact.",
         f"Speed: {DECODER:.1%} of {job.gpu.flops / 1e12:.0f} TFLOP/s, as measured on one H200 (54.8 % of a step, 7B,"
         " bf16, benchmarks/results/7b_stage2_h200.json), and"

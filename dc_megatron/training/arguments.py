@@ -31,6 +31,12 @@ class StepPlan:
     notes: tuple[str, ...]
     # Global batches of an evaluation; 0: there is none.
     eval_iters: int = 0
+    context_parallel_size: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights, over which gradients and optimizer are spread: context-parallel ones as well."""
+        return self.data_parallel_size * self.context_parallel_size
 
 
 def plan_steps(
@@ -71,6 +77,7 @@ def plan_steps(
         decay_iters=max(steps, warmup + 1),
         save_interval=settings.save_steps if settings.save_strategy == "steps" else steps,
         notes=tuple(notes),
+        context_parallel_size=settings.context_parallel_size,
     )
 
 
@@ -347,8 +354,8 @@ def backend_argv(cuda: bool, transformer_engine: bool, apex: bool) -> list[str]:
     return words
 
 
-def sharding_argv(translation: Translation, data_parallel_size: int, cuda: bool) -> list[str]:
-    """Megatron's flags that spread the optimizer of stage 2 over the data-parallel ranks, unless they were typed.
+def sharding_argv(translation: Translation, replicas: int, cuda: bool) -> list[str]:
+    """Megatron's flags that spread the optimizer of stage 2 over the ``replicas``, unless they were typed.
 
     Of stage 2: where the language model learns, or adapters to it.
 
@@ -359,7 +366,7 @@ def sharding_argv(translation: Translation, data_parallel_size: int, cuda: bool)
     if not {"llm", "lora"} & {*settings.trainable} or "--use-distributed-optimizer" in translation.switched_off:
         return []
     words = ["--use-distributed-optimizer"]
-    if cuda and data_parallel_size > 1:
+    if cuda and replicas > 1:
         words.append("--overlap-grad-reduce")
         if not settings.log_images and "--overlap-grad-reduce" not in translation.switched_off:
             words.append("--overlap-param-gather")
@@ -389,8 +396,7 @@ def engine_argv(translation: Translation, language: LanguageConfig, plan: StepPl
         *context_argv(settings, backend),
         *megatron_shape_argv(language, settings, plan.seq_length, translation.megatron_argv),
         *finish(settings, plan),
-        # Context-parallel ranks have the same weights too, so gradients and optimizer are spread over them as well.
-        *sharding_argv(translation, plan.data_parallel_size * settings.context_parallel_size, "nccl" in backend),
+        *sharding_argv(translation, plan.replicas, "nccl" in backend),
         *async_save_argv(translation.megatron_argv, "nccl" in backend),
         *translation.megatron_argv,
     ]

@@ -65,7 +65,7 @@ def choose(checked: Checked, data: Data, gpu_memory_bytes: int | None) -> Chosen
 def choose_for(checked: Checked, steps: StepPlan, batch: MicroBatch, gpu_memory_bytes: int | None) -> Chosen:
     """The same for micro-batches like ``batch``."""
     settings, translation = checked.settings, checked.translation
-    sharding = sharding_argv(translation, steps.data_parallel_size, gpu_memory_bytes is not None)
+    sharding = sharding_argv(translation, steps.replicas, gpu_memory_bytes is not None)
     typed = typed_options([*sharding, *translation.megatron_argv])
     virtual = virtual_stages(typed, settings, checked.language)
     words, replaced, notes, stages = (), (), [], None
@@ -110,7 +110,7 @@ def _split(checked: Checked, steps: StepPlan, batch: MicroBatch, virtual: int) -
         images=batch.images,
         supervised_tokens=batch.supervised,
         trainable=settings.trainable,
-        tensor=settings.tensor_model_parallel_size,
+        tensor=settings.tensor_model_parallel_size * settings.context_parallel_size,
         fp8=settings.fp8_format is not None,
         tower_on_all_stages=settings.vision_tower_stages == "all",
     )
@@ -150,6 +150,7 @@ def planned_run(
         micro_batches=steps.accumulation_steps,
         tensor=settings.tensor_model_parallel_size,
         data=steps.data_parallel_size,
+        context=steps.context_parallel_size,
         sequence_parallel=settings.sequence_parallel,
         tower_on_all_stages=settings.vision_tower_stages == "all",
         tower_recomputed=settings.recomputes_tower,

@@ -23,16 +23,6 @@ def refuse_impossible_context(values: Mapping, given: Collection[str]) -> None:
         raise UserError(
             f"{what} beside --vision-tower-stages all: images are not dealt over context-parallel ranks; leave it out"
         )
-    if values["dry_run"]:
-        raise UserError(
-            f"{what}: --dry-run and tools/plan.py do not know it yet; plan without it: weights and optimizer take as"
-            " much, activations almost that many times less"
-        )
-    for name in ("recompute", "pipeline_split"):
-        if values[name] == "auto":
-            raise UserError(
-                f"--{name.replace('_', '-')} auto: its estimate does not know {what} yet; say what is wanted instead"
-            )
     if values["log_images"] and "log_images" in given:
         raise UserError(
             f"--log-images {values['log_images']} beside {what}: the pictures' questions are not packed rows; leave it"

@@ -10,16 +10,19 @@ import contextlib
 import io
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from dc_megatron.config import ImageTiling, VisionConfig, image_share
+from dc_megatron.model.image_shares import image_group
 from dc_megatron.model.multimodal_model import DenseConnectorModel
+from dc_megatron.model.row_pieces import row_pieces
 from dc_megatron.runtime import cpu_device
 
 
@@ -27,7 +30,8 @@ from dc_megatron.runtime import cpu_device
 class RankCount:
     """What a rank holds, in numbers (not bytes); layers: decoder layers of its chunks.
 
-    buffers: of gradients, padding included. updates: those that the rank's optimizer has states for.
+    data_rank: among all ranks with the same weights, context-parallel ones as well. buffers: of gradients, padding
+    included. updates: those that the rank's optimizer has states for.
     """
 
     rank: int
@@ -55,6 +59,7 @@ def as_rank(rank: int, world_size: int, args) -> Iterator[None]:
             tensor_model_parallel_size=args.tensor_model_parallel_size,
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+            context_parallel_size=args.context_parallel_size,
             create_gloo_process_groups=False,
         )
         with cpu_device.on_meta(), quiet():
@@ -106,7 +111,7 @@ def count(chunks: list, args) -> RankCount:
     return RankCount(
         rank=args.rank,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        data_rank=parallel_state.get_data_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
         stage=parallel_state.get_pipeline_model_parallel_rank(),
         layers=tuple(len(model.language_model.decoder.layers) for model in models),
         parameters=sum(one.numel() for one in parameters),
@@ -158,7 +163,8 @@ def _hidden_states(model: DenseConnectorModel, batch: dict) -> Tensor:
 def shapes_of_batch(args, vision: VisionConfig, tiling: ImageTiling, images: int, targets: int, packed: bool) -> dict:
     """The batch contract of the data room on the meta device, ``images`` tiles and ``targets`` supervised positions.
 
-    The bounds of samples are real numbers on the CPU, where kernels of packed rows read them: two samples a row.
+    The bounds of samples are real numbers on the CPU, where kernels of packed rows read them: two samples a row. Under
+    context parallelism this rank's part, with an equal share of images' positions and targets.
     """
 
     def empty(*shape: int, dtype=torch.long) -> Tensor:
@@ -167,20 +173,25 @@ def shapes_of_batch(args, vision: VisionConfig, tiling: ImageTiling, images: int
     rows, length = args.micro_batch_size, args.seq_length
     most = (rows * length) // tiling.most_tokens
     images = max(1, min(images, most))
-    share = len(image_share(images, parallel_state.get_tensor_model_parallel_rank(), args.tensor_model_parallel_size))
-    places = images * tiling.tile_tokens
+    sharing = image_group(ProcessGroupCollection.use_mpu_process_groups())
+    share = len(image_share(images, sharing.rank(), sharing.size()))
+    context = args.context_parallel_size
+    places, own = images * tiling.tile_tokens // context, length // context
     batch = {
-        "input_ids": empty(rows, length),
-        "position_ids": empty(rows, length),
-        "labels": empty(rows, length),
-        "image_mask": empty(rows, length, dtype=torch.bool),
+        "input_ids": empty(rows, own),
+        "position_ids": empty(rows, own),
+        "labels": empty(rows, own),
+        "image_mask": empty(rows, own, dtype=torch.bool),
         "image_places": empty(places),
         "image_feature_index": empty(places),
-        "target_places": empty(max(1, min(targets, rows * length))),
+        "target_places": empty(max(1, min(targets // context, rows * own))),
         "num_images": images,
         "pixel_values": empty(share, 3, vision.image_size, vision.image_size, dtype=torch.float32),
     }
     if packed:
-        half = length // 2
-        batch |= {"cu_seqlens": torch.tensor([0, half, length], dtype=torch.int32), "max_seqlen": length - half}
+        bounds = [0, length // 2, length]
+        batch |= {"cu_seqlens": torch.tensor(bounds, dtype=torch.int32), "max_seqlen": length - length // 2}
+        if context > 1:
+            pieces = row_pieces(bounds, parallel_state.get_context_parallel_rank(), context)
+            batch["row_pieces"] = replace(pieces, places=empty(own))
     return batch

@@ -11,11 +11,12 @@ def as_text(checked: Checked, done: DryRun, world_size: int) -> str:
     """One screen."""
     settings, numbers = checked.settings, done.run.numbers
     tensor, pipeline = settings.tensor_model_parallel_size, settings.pipeline_model_parallel_size
+    context = f"CP {done.steps.context_parallel_size} x " if done.steps.context_parallel_size > 1 else ""
     lines = [f"note: {note}" for note in done.notes]
     lines += [
         f"model: {checked.language.path} and {checked.vision.path}, connector"
         f" {settings.mm_dense_connector_type}; learning: {', '.join(settings.trainable)}",
-        f"job: {world_size} processes = TP {tensor} x PP {pipeline} x DP {done.steps.data_parallel_size}",
+        f"job: {world_size} processes = TP {tensor} x PP {pipeline} x {context}DP {done.steps.data_parallel_size}",
         f"batch: {done.steps.global_batch_size} rows of {done.steps.seq_length} a step,"
         f" {done.steps.accumulation_steps} micro-batches of {done.steps.micro_batch_size}",
         "",

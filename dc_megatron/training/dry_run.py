@@ -69,7 +69,7 @@ def rehearse(checked: Checked, world_size: int) -> DryRun:
         with dry_rank.quiet():
             args = engine.parse(words, checked)
         ranks, tensors = _build_ranks(checked, args, stages, sharding(typed, steps), batch)
-    sharded = sharding_argv(checked.translation, steps.data_parallel_size, cuda=True)
+    sharded = sharding_argv(checked.translation, steps.replicas, cuda=True)
     original = typed_options([*sharded, *chosen.applied(checked.start.words)])
     return DryRun(
         steps=steps,
@@ -87,7 +87,7 @@ def _words(checked: Checked, steps: StepPlan, chosen: auto_choices.Chosen) -> tu
     translation = checked.translation
     words = engine_argv(translation, checked.language, steps, backend_argv(False, False, False))
     own = words[: len(words) - len(translation.megatron_argv)]
-    overlap = sharding_argv(translation, steps.data_parallel_size, cuda=True)
+    overlap = sharding_argv(translation, steps.replicas, cuda=True)
     own += [word for word in overlap if word not in own]
     options = typed_options([*own, *chosen.applied(checked.start.words)])
     dropped = [name for name in _ON_A_GPU if name in options]
@@ -124,13 +124,14 @@ def distinct_stages(stages: tuple[tuple[int, ...], ...]) -> list[int]:
 def _build_ranks(
     checked: Checked, args, stages: tuple, shared: Sharding, batch: MicroBatch
 ) -> tuple[tuple[dry_rank.RankCount, ...], tuple[int, int]]:
+    # Of both kinds: a rank's number among those with the same weights.
     tensor, data = args.tensor_model_parallel_size, shared.data
     table = dry_checks.WeightsTable(checked.language, args.padded_vocab_size, tensor)
     ranks, tower = [], 0
     for stage in distinct_stages(stages):
         ends = {(0, 0), (tensor - 1, data - 1)}
         for tensor_rank, data_rank in sorted(ends):
-            # Megatron's order of ranks: tensor, then data, then pipeline.
+            # Megatron's order of ranks: tensor, then context, then data, then pipeline.
             rank = tensor_rank + tensor * (data_rank + data * stage)
             with dry_rank.as_rank(rank, args.world_size, args):
                 chunks = dry_rank.build(_provider(checked, args))

@@ -37,7 +37,7 @@ def planned(words: list[str], processes: int, gpu: Gpu, per_node: int) -> tuple[
     auto_choices.refuse_impossible_auto(checked.settings, checked.language, checked.translation.megatron_argv)
     steps, batch = assumed_steps(checked, processes)
     chosen = auto_choices.choose_for(checked, steps, batch, gpu.memory)
-    sharded = sharding_argv(checked.translation, steps.data_parallel_size, cuda=True)
+    sharded = sharding_argv(checked.translation, steps.replicas, cuda=True)
     typed = typed_options([*sharded, *chosen.applied(checked.start.words)])
     virtual = auto_choices.virtual_stages(typed, checked.settings, checked.language)
     stages = auto_choices.typed_stages(typed, checked.settings, checked.language, virtual)
@@ -51,6 +51,7 @@ def planned(words: list[str], processes: int, gpu: Gpu, per_node: int) -> tuple[
         steps.seq_length,
         "the recipe's numbers",
         run.numbers.shards_optimizer,
+        steps.context_parallel_size,
     )
     costs = stage_costs(
         checked.language,
@@ -60,7 +61,7 @@ def planned(words: list[str], processes: int, gpu: Gpu, per_node: int) -> tuple[
         images=batch.images,
         supervised_tokens=batch.supervised,
         trainable=checked.settings.trainable,
-        tensor=choice.tensor,
+        tensor=choice.tensor * choice.context,
         fp8=run.numbers.fp8,
     )
     times = stage_times(costs, [sum(chunks) for chunks in stages])

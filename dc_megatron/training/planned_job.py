@@ -32,7 +32,7 @@ def sharding(typed: dict[str, list[str]], steps: StepPlan) -> Sharding:
         return int(typed[option][0]) if option in typed else None
 
     return Sharding(
-        data=steps.data_parallel_size,
+        data=steps.replicas,
         distributed="--use-distributed-optimizer" in typed,
         bucketed="--overlap-grad-reduce" in typed,
         bucket_size=number("--ddp-bucket-size"),

@@ -164,3 +164,15 @@ def test_parameters_of_every_family_are_those_of_transformers(config):
 
     expected = sum(parameter.numel() for parameter in model.parameters())
     assert learning((layers,)) == learning((layers - 1,), (1,)) == expected
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_share_rows_hold_all_keys_and_values_and_a_part_of_the_rest(ranks):
+    whole, part = stage_memory(run(2), 0), stage_memory(run(2, context=ranks), 0)
+    keys_and_values = 32 * 8192 * 2 * 4096 * 2
+    assert part.activations == (whole.activations - keys_and_values) / ranks + keys_and_values
+    assert (part.weights, part.gradients, part.images) == (whole.weights, whole.gradients, whole.images)
+    # They are replicas of the weights, which share the optimizer where it is shared.
+    assert stage_memory(run(2, context=ranks, numbers=replace(LEAN, shards_optimizer=True)), 0).optimizer < (
+        1.01 * whole.optimizer / ranks
+    )

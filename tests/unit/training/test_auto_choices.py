@@ -55,7 +55,14 @@ def data(tiles: int = 1) -> SimpleNamespace:
     rows = SimpleNamespace(statistics=lambda: SimpleNamespace(fill=0.625, seq_length=64, tiles_mean=2.5, tiles_max=4))
     summary = SimpleNamespace(tokens=40, supervised_tokens=10)
     index = SimpleNamespace(lengths=np.array([10, 30]), tiles=np.array([0, 2 * tiles]), summary=summary)
-    steps = SimpleNamespace(micro_batch_size=1, seq_length=64, accumulation_steps=4, data_parallel_size=2)
+    steps = SimpleNamespace(
+        micro_batch_size=1,
+        seq_length=64,
+        accumulation_steps=4,
+        data_parallel_size=2,
+        context_parallel_size=1,
+        replicas=2,
+    )
     return SimpleNamespace(rows=rows, index=index, steps=steps)
 
 

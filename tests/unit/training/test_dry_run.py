@@ -108,6 +108,16 @@ LAYOUTS = {
         _flags("llama3.1-8b", SIGLIP, "--version llama_3 --trainable connector,vision_tower --recompute auto"),
         3,
     ),
+    "70b, rows over ranks": (
+        _flags(
+            "llama3-70b",
+            SIGLIP,
+            "--version llama_3 --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --sequence-parallel"
+            " --context-parallel-size 4 --model_max_length 8192 --seq-length 32768 --pipeline-split auto"
+            " --recompute auto",
+        ),
+        64,
+    ),
     "tied": (None, 6),
     "fp8": (
         _flags("llama3.1-8b", CLIP, "--version llama_3 --fp8-format hybrid --tensor-model-parallel-size 2"),
