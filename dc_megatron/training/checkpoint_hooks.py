@@ -44,13 +44,15 @@ def save_hook(original: Callable, session: Session) -> Callable:
             # One save at a time: a new one clears away what others have left.
             maybe_finalize_async_save(blocking=True)
         staged = _begin(folder, iteration, rank)
-        session.saving = _saving(session, staged, unwrap_model(model), engine.async_save)
+        chunks = unwrap_model(model)
+        session.saving = Saving(staged, _position(session), chunks[0].tower_is_stored)
         engine.save = staged.root
         fill_moments(session.optimizer)
         try:
             result = original(iteration, model, *args, **kwargs)
         finally:
             engine.save = folder
+        session.saving.projector = _connector_now(chunks, engine.async_save)
         _hash_base(session)
         if not engine.async_save:
             _complete(session, session.saving, staged.digests_of_rank(rank))
@@ -88,11 +90,12 @@ def _begin(folder: str, iteration: int, rank: int) -> StagedIteration:
     return StagedIteration(folder, iteration, mark[0])
 
 
-def _saving(session: Session, staged: StagedIteration, chunks: list, training_goes_on: bool) -> Saving:
-    projector = trained_connector(chunks)
-    if projector is not None and training_goes_on:
-        projector = {name: tensor.detach().cpu().clone() for name, tensor in projector.items()}
-    return Saving(staged, _position(session), projector, chunks[0].tower_is_stored)
+def _connector_now(chunks: list, training_goes_on: bool) -> dict[str, torch.Tensor] | None:
+    """The connector's tensors as they are saved, where training goes on copies of them."""
+    tensors = trained_connector(chunks)
+    if tensors is None or not training_goes_on:
+        return tensors
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
 def _complete(session: Session, saving: Saving, own: dict[str, Digest]) -> None:

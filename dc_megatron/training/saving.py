@@ -9,13 +9,13 @@ import torch
 from dc_megatron.weights.staged_iteration import StagedIteration
 
 
-@dataclass(frozen=True)
+@dataclass
 class Saving:
     """A save that has begun: what its completion needs of the moment when it began."""
 
     staged: StagedIteration
     # What the manifest says besides the files.
     position: dict
-    # The connector's tensors, where it is trained and on the rank that has it.
-    projector: dict[str, torch.Tensor] | None
     tower_trained: bool
+    # The connector's tensors, where it is trained and on the rank that has it.
+    projector: dict[str, torch.Tensor] | None = None
