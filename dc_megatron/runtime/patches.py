@@ -19,6 +19,7 @@ from dc_megatron.runtime import cpu_device, device, installed, noise
 from dc_megatron.runtime.adam import GroupStepAdam
 from dc_megatron.runtime.fp8_states import TE_LAYERS, reading_by_name
 from dc_megatron.runtime.gradient_scaling import by_a_number
+from dc_megatron.runtime.fsdp_mesh import data_by_tensor_ranks
 from dc_megatron.runtime.listed_classes import with_listed_classes
 from dc_megatron.runtime.rotary import rotating_whole_rows
 
@@ -83,7 +84,7 @@ def _torch_rows() -> list[Patch]:
         )
     )
     stand_ins = {
-        "current_device": cpu_device.cpu_device,
+        "current_device": cpu_device.zero,
         "device_count": cpu_device.one,
         "set_device": cpu_device.nothing,
         "synchronize": cpu_device.nothing,
@@ -213,6 +214,15 @@ CORE_ROWS += [
         "a product with a tensor of one element is broadcast slowly (see gradient_scaling.py)",
     ),
 ]
+
+CORE_ROWS.append(
+    Patch(
+        "megatron.core.distributed.fsdp.mcore_fsdp_adapter:_get_dp_tp_mesh",
+        _constant(data_by_tensor_ranks),
+        "always",
+        "einops reshapes a list of ranks there, which only Transformer Engine installs",
+    )
+)
 
 CORE_ROWS += [
     Patch(f"megatron.core.optimizer.optimizer:{name}.load_state_dict", _loading_nothing, "always", _WHY_LOADING_NOTHING)

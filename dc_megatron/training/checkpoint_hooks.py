@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 
 import torch
-from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing, get_args, get_tensorboard_writer, print_rank_0
 
 from dc_megatron.errors import UserError
@@ -14,6 +13,7 @@ from dc_megatron.training.model_provider import trained_connector
 from dc_megatron.training.parameter_groups import fill_moments
 from dc_megatron.training.resume import what_learns
 from dc_megatron.training.session import Session
+from dc_megatron.training.unwrapped import unwrapped
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.frozen_base import hash_base
 from dc_megatron.weights.projector_files import write_projector
@@ -45,7 +45,7 @@ def save_hook(original: Callable, session: Session) -> Callable:
         digests: list = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(digests, staged.digests_of_rank(rank))
         if rank == 0:
-            _write_side_files(session, folder, unwrap_model(model))
+            _write_side_files(session, folder, unwrapped(model))
             staged.publish(_position(session), {name: own[name] for own in digests for name in own})
             print(f"checkpoint of iteration {iteration} is complete: {staged.place}", flush=True)
         if session.pictures is not None:

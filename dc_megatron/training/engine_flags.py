@@ -55,7 +55,6 @@ _STEPS = "this program counts in optimizer steps: use --max_steps or --num_train
 _BATCH = "the batch size is fixed over a run: use --per_device_train_batch_size or --global-batch-size"
 _EVALUATION = "--eval_data_path is evaluated as one set, in batches of the training's size; --eval-iters shortens it"
 _ARCHITECTURE = "the language model is the dense decoder that --model_name_or_path describes"
-_SHARDING = "not available yet; use --use-distributed-optimizer"
 
 # Options that Megatron would read and this program could not honour: (option, reason). Given, they are refused,
 # because running on as if they had not been given would be worse.
@@ -73,7 +72,7 @@ REFUSED = {
     **dict.fromkeys(("eval-global-batch-size", "eval-micro-batch-size"), _EVALUATION),
     **dict.fromkeys(("num-experts", "multi-latent-attention", "spec", "hybrid-layer-pattern"), _ARCHITECTURE),
     **dict.fromkeys(("heterogeneous-layers-config-path", "encoder-num-layers", "mtp-num-layers"), _ARCHITECTURE),
-    **dict.fromkeys(("use-megatron-fsdp", "use-torch-fsdp2"), _SHARDING),
+    "use-torch-fsdp2": "use --use-megatron-fsdp, which divides weights, gradients and optimizer as well (ZeRO-3)",
     "context-parallel-size": "not available yet; use --tensor-model-parallel-size with --sequence-parallel",
     "expert-model-parallel-size": _ARCHITECTURE,
     "save-retain-interval": "not available yet; every checkpoint is kept",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dc_megatron.training.checkpoint_hooks import artifact_hook, load_hook, save_hook
+from dc_megatron.training.fsdp_state import state_hook
 from dc_megatron.training.session import Session
 from dc_megatron.training.step_hooks import evaluate_hook, log_hook, optimizer_hook, step_hook
 
@@ -53,6 +54,12 @@ HOOKS = (
         save_hook,
         "always",
         "projector files, side files, a manifest with hashes, and a rename when all of it is on disk",
+    ),
+    Hook(
+        "megatron.training.checkpointing:generate_state_dict",
+        state_hook,
+        "always",
+        "--use-megatron-fsdp: the engine saves such a model in a format of its own, which no tool here reads",
     ),
     Hook(
         "megatron.training.checkpointing:_load_base_checkpoint",

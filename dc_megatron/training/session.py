@@ -9,6 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from dc_megatron.data.loader import MicroBatches
 from dc_megatron.training.fp8_band import Fp8Band
+from dc_megatron.training.fsdp_state import DividedState
 from dc_megatron.training.metrics import Clock, MetricsFile, StepCounts
 from dc_megatron.training.run import Checked
 from dc_megatron.training.sample_pictures import SamplePictures
@@ -44,5 +45,7 @@ class Session:
     consumed_tokens: dict[str, int] = field(default_factory=lambda: {"processed": 0, "supervised": 0})
     # Megatron's, of this rank: its groups say how fast each part learns.
     optimizer: MegatronOptimizer | None = None
+    # Under Megatron-FSDP: what this rank keeps of the model.
+    divided: DividedState | None = None
     # Called with the folder and the iteration's place after a save, where somebody else wants to hear of it.
     saved_elsewhere: Callable[[str, str], None] | None = None
