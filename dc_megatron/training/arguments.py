@@ -376,6 +376,6 @@ def engine_argv(translation: Translation, language: LanguageConfig, plan: StepPl
         *megatron_shape_argv(language, settings, plan.seq_length, translation.megatron_argv),
         *finish(settings, plan),
         *sharding_argv(translation, plan.data_parallel_size, "nccl" in backend),
-        *fsdp_words(translation.megatron_argv),
+        *fsdp_words(translation.megatron_argv, "nccl" in backend),
         *translation.megatron_argv,
     ]

@@ -56,9 +56,18 @@ def refuse_impossible_fsdp(
         )
 
 
-def fsdp_words(words: Collection[str]) -> list[str]:
+def fsdp_words(words: Collection[str], cuda: bool) -> list[str]:
     """What Megatron gets in front of ``words`` where they ask for it. Fused accumulation is not tried with it."""
-    return [_STRATEGY, _WHOLE, "--no-gradient-accumulation-fusion"] if asks_for_fsdp(words) else []
+    if not asks_for_fsdp(words):
+        return []
+    ours = [_STRATEGY, _WHOLE, "--no-gradient-accumulation-fusion"]
+    if "--grad-reduce-in-bf16" not in words:
+        # As without it; Megatron-FSDP would add up bf16 gradients in bf16.
+        ours += ["--megatron-fsdp-main-grads-dtype", "fp32"]
+    if not cuda:
+        # Gloo sums, and does nothing else on the way.
+        ours.append("--no-gradient-reduce-div-fusion")
+    return ours
 
 
 def parsed_words(words: Collection[str]) -> list[str]:

@@ -37,6 +37,7 @@ class DividedState:
         torch.distributed.all_gather_object(lengths, [len(_local(p)) for p in self._kept.values()], self._group)
         # Raw parameter -> the rows that each rank keeps, first rank first.
         self._lengths = dict(zip(self._kept, zip(*lengths, strict=True), strict=True))
+        self._fsdp.module.register_forward_pre_hook(self._gather_what_is_no_layer)
         # Where what is loaded belongs: name in the state -> rows.
         self._model_targets: dict[str, Tensor] = {}
         self._optimizer_targets: dict[str, Tensor] = {}
@@ -46,6 +47,16 @@ class DividedState:
     def sizes(self) -> tuple[int, int]:
         """(numbers of weights that this rank keeps, of all weights of its model-parallel rank)."""
         return sum(_local(p).numel() for p in self._kept.values()), sum(raw.numel() for raw in self._kept)
+
+    def _gather_what_is_no_layer(self, *_) -> None:
+        """Every rank gathers tower, connector, embedding and head alike when a micro-batch begins.
+
+        Megatron-FSDP gathers a module's weights when it is called. But a rank without pictures does not call the tower,
+        and would answer the others with another gathering; and the loss reads the head's weights without calling it.
+        """
+        groups = self._fsdp.param_and_grad_buffer.parameter_groups
+        others = [parameter for group in groups if group.fsdp_unit_id is None for parameter in group.params]
+        self._fsdp.all_gather_and_wait_parameters_ready(others, prefetch=False)
 
     def tell(self) -> None:
         """A line about it, by the first rank of all."""
