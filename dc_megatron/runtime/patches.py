@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from dc_megatron.runtime import cpu_device, device, installed, noise
 from dc_megatron.runtime.adam import GroupStepAdam
 from dc_megatron.runtime.fp8_states import TE_LAYERS, reading_by_name
-from dc_megatron.runtime.gradient_scaling import by_a_number
 from dc_megatron.runtime.fsdp_mesh import data_by_tensor_ranks
+from dc_megatron.runtime.gradient_scaling import by_a_number
 from dc_megatron.runtime.listed_classes import with_listed_classes
 from dc_megatron.runtime.rotary import rotating_whole_rows
 

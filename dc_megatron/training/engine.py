@@ -16,6 +16,7 @@ from dc_megatron.training.fp8_band import Fp8Band
 from dc_megatron.training.fp8_flags import refuse_unsupported_fp8
 from dc_megatron.training.fsdp_flags import asks_for_fsdp, parsed_words
 from dc_megatron.training.metrics import Clock, MetricsFile, StepCounts
+from dc_megatron.training.optimizer_layout import refuse_other_layout
 from dc_megatron.training.resume import refuse_damaged_files, refuse_other_tower_weights
 from dc_megatron.training.validation import Validation, open_validation
 from dc_megatron.weights.checkpoint_folder import read_description, write_json
@@ -56,6 +57,7 @@ def train(checked: run.Checked) -> None:
         data = replace(data, steps=replace(data.steps, eval_iters=validation.rows.iterations))
     chosen = auto_choices.choose(checked, data, device.memory_bytes())
     words = _engine_words(checked, data.steps, chosen)
+    refuse_other_layout(checked.start, distributed="--use-distributed-optimizer" in words)
     if rank == 0:
         _say_hello(checked, data, [*notes, *chosen.notes])
         if validation is not None:
