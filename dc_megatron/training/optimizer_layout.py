@@ -19,7 +19,7 @@ def refuse_other_layout(start: Start, distributed: bool) -> None:
     about = TorchDistTree(start.tree).common_state().get("content_metadata")
     if about is None or (_KIND in about) == distributed:
         return
-    advice = "go on without it" if distributed else "add it"
+    advice = "go on without the two" if distributed else "add one of them"
     raise UserError(
         f"{start.tree}: its optimizer was saved with{'out' if distributed else ''} --use-distributed-optimizer, which"
         f" --use-megatron-fsdp includes; {advice}, or take the weights alone: --load {start.folder} --finetune, into"
