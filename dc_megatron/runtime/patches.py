@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from dc_megatron.runtime import cpu_device, device, installed, noise
 from dc_megatron.runtime.adam import GroupStepAdam
 from dc_megatron.runtime.fp8_states import TE_LAYERS, reading_by_name
-from dc_megatron.runtime.fsdp_mesh import data_by_tensor_ranks
+from dc_megatron.runtime.fsdp_gathering import data_by_tensor_ranks, gathered_at_once
 from dc_megatron.runtime.gradient_scaling import by_a_number
 from dc_megatron.runtime.listed_classes import with_listed_classes
 from dc_megatron.runtime.rotary import rotating_whole_rows
@@ -215,14 +215,20 @@ CORE_ROWS += [
     ),
 ]
 
-CORE_ROWS.append(
+CORE_ROWS += [
+    Patch(
+        "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer:AllGatherPipeline.all_gather_params",
+        gathered_at_once,
+        "no_cuda",
+        "streams and events, which keep memory until a gathering in the background has ended, are stand-ins here",
+    ),
     Patch(
         "megatron.core.distributed.fsdp.mcore_fsdp_adapter:_get_dp_tp_mesh",
         _constant(data_by_tensor_ranks),
         "always",
         "einops reshapes a list of ranks there, which only Transformer Engine installs",
-    )
-)
+    ),
+]
 
 CORE_ROWS += [
     Patch(f"megatron.core.optimizer.optimizer:{name}.load_state_dict", _loading_nothing, "always", _WHY_LOADING_NOTHING)

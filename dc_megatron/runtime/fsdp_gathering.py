@@ -1,6 +1,9 @@
-"""The ranks of Megatron-FSDP's device mesh, without the package that megatron-core reshapes a list of them with."""
+"""What Megatron-FSDP needs where a package or CUDA is missing: the ranks of its device mesh, and gathering in line."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch.distributed import ProcessGroup
@@ -16,3 +19,13 @@ def data_by_tensor_ranks(data_group: ProcessGroup, tensor_group: ProcessGroup, e
     assert mesh[:, rank % tensor].tolist() == torch.distributed.get_process_group_ranks(data_group)
     assert mesh[rank // tensor].tolist() == torch.distributed.get_process_group_ranks(tensor_group)
     return mesh
+
+
+def gathered_at_once(original: Callable) -> Callable:
+    """``all_gather_params`` that comes back when the weights are there."""
+
+    @functools.wraps(original)
+    def all_gather_params(self, *args, **kwargs):
+        return original(self, *args, **{**kwargs, "async_param_gather": False})
+
+    return all_gather_params
