@@ -73,6 +73,8 @@ class DenseConnectorModel(MegatronModule):
         # numbers: the next load of a checkpoint then leaves it alone.
         self.connector_is_given = False
         self.newline_is_given = False
+        # Set where the parameters are divided over ranks: the connector's tensors in full, as of the last save.
+        self.whole_connector: dict[str, Tensor] | None = None
         # Set where checkpoints hold the tower, and where the next one that is loaded does not yet.
         self.tower_is_stored = False
         self.tower_is_given = False

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from dc_megatron.runtime import cpu_device, device, installed, noise
 from dc_megatron.runtime.adam import GroupStepAdam
 from dc_megatron.runtime.fp8_states import TE_LAYERS, reading_by_name
+from dc_megatron.runtime.fsdp_gathering import data_by_tensor_ranks, gathered_at_once
 from dc_megatron.runtime.gradient_scaling import by_a_number
 from dc_megatron.runtime.listed_classes import with_listed_classes
 from dc_megatron.runtime.rotary import rotating_whole_rows
@@ -84,7 +85,7 @@ def _torch_rows() -> list[Patch]:
         )
     )
     stand_ins = {
-        "current_device": cpu_device.cpu_device,
+        "current_device": cpu_device.zero,
         "device_count": cpu_device.one,
         "set_device": cpu_device.nothing,
         "synchronize": cpu_device.nothing,
@@ -217,6 +218,21 @@ CORE_ROWS += [
         by_a_number,
         "cuda",
         "a product with a tensor of one element is broadcast slowly (see gradient_scaling.py)",
+    ),
+]
+
+CORE_ROWS += [
+    Patch(
+        "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer:AllGatherPipeline.all_gather_params",
+        gathered_at_once,
+        "no_cuda",
+        "streams and events, which keep memory until a gathering in the background has ended, are stand-ins here",
+    ),
+    Patch(
+        "megatron.core.distributed.fsdp.mcore_fsdp_adapter:_get_dp_tp_mesh",
+        _constant(data_by_tensor_ranks),
+        "always",
+        "einops reshapes a list of ranks there, which only Transformer Engine installs",
     ),
 ]
 

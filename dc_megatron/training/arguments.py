@@ -12,6 +12,7 @@ from dc_megatron.errors import UserError
 from dc_megatron.training.argv import Translation
 from dc_megatron.training.context_flags import context_argv, row_multiple, why_multiple
 from dc_megatron.training.engine_flags import engine_flags
+from dc_megatron.training.fsdp_flags import asks_for_fsdp, fsdp_words
 from dc_megatron.training.settings import RunSettings
 
 
@@ -363,12 +364,14 @@ def sharding_argv(translation: Translation, replicas: int, cuda: bool) -> list[s
     parameters do as well where no pictures are logged, which ask a model whose parameters are all there.
     """
     settings, typed = translation.settings, {*translation.megatron_argv, *translation.switched_off}
-    if not {"llm", "lora"} & {*settings.trainable} or "--use-distributed-optimizer" in translation.switched_off:
+    fsdp = asks_for_fsdp(typed)
+    stage_2 = {"llm", "lora"} & {*settings.trainable}
+    if not (fsdp or stage_2) or "--use-distributed-optimizer" in translation.switched_off:
         return []
     words = ["--use-distributed-optimizer"]
     if cuda and replicas > 1:
         words.append("--overlap-grad-reduce")
-        if not settings.log_images and "--overlap-grad-reduce" not in translation.switched_off:
+        if (fsdp or not settings.log_images) and "--overlap-grad-reduce" not in translation.switched_off:
             words.append("--overlap-param-gather")
     return [word for word in words if word not in typed]
 
@@ -398,5 +401,6 @@ def engine_argv(translation: Translation, language: LanguageConfig, plan: StepPl
         *finish(settings, plan),
         *sharding_argv(translation, plan.replicas, "nccl" in backend),
         *async_save_argv(translation.megatron_argv, "nccl" in backend),
+        *fsdp_words(translation.megatron_argv, "nccl" in backend),
         *translation.megatron_argv,
     ]

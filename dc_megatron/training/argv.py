@@ -18,6 +18,7 @@ from dc_megatron.training.context_flags import refuse_impossible_context
 from dc_megatron.training.engine_flags import EngineFlag, check_engine_flag, engine_flags, spelling_of
 from dc_megatron.training.flag_table import AVAILABLE, FLAGS, NO_MEANING, NOT_YET, Flag, flags_by_key
 from dc_megatron.training.fp8_flags import fp8_words, refuse_impossible_fp8
+from dc_megatron.training.fsdp_flags import refuse_impossible_fsdp
 from dc_megatron.training.layout_flags import UNEVEN_PIPELINE, recompute_argv, refuse_contradicted_layout
 from dc_megatron.training.lora_flags import refuse_impossible_lora
 from dc_megatron.training.part_flags import refuse_contradicted_rates, trained_parts
@@ -194,6 +195,7 @@ def _refuse_contradictions(reading: _Reading, values: dict) -> None:
     _refuse_decoding(values)
     refuse_impossible_fp8(values, set(reading.values))
     refuse_impossible_lora(values, set(reading.values))
+    refuse_impossible_fsdp(values, reading.engine, reading.switched_off)
     refuse_contradicted_layout(values, set(reading.values), reading.engine)
     refuse_contradicted_rates(values, reading.engine)
     refuse_impossible_context(values, set(reading.values))

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing, get_args, get_tensorboard_writer, print_rank_0
 from megatron.training.async_utils import maybe_finalize_async_save
 
@@ -18,6 +17,7 @@ from dc_megatron.training.parameter_groups import fill_moments
 from dc_megatron.training.resume import what_learns
 from dc_megatron.training.saving import Saving
 from dc_megatron.training.session import Session
+from dc_megatron.training.unwrapped import unwrapped
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.durable_files import Digest
 from dc_megatron.weights.frozen_base import hash_base
@@ -44,7 +44,7 @@ def save_hook(original: Callable, session: Session) -> Callable:
             # One save at a time: a new one clears away what others have left.
             maybe_finalize_async_save(blocking=True)
         staged = _begin(folder, iteration, rank)
-        chunks = unwrap_model(model)
+        chunks = unwrapped(model)
         session.saving = Saving(staged, _position(session), chunks[0].tower_is_stored)
         engine.save = staged.root
         fill_moments(session.optimizer)

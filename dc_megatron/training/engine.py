@@ -14,7 +14,9 @@ from dc_megatron.training import auto_choices, data_plan, run
 from dc_megatron.training.arguments import StepPlan, backend_argv, engine_argv
 from dc_megatron.training.fp8_band import Fp8Band
 from dc_megatron.training.fp8_flags import refuse_unsupported_fp8
+from dc_megatron.training.fsdp_flags import asks_for_fsdp, parsed_words
 from dc_megatron.training.metrics import Clock, MetricsFile, StepCounts
+from dc_megatron.training.optimizer_layout import refuse_other_layout
 from dc_megatron.training.resume import refuse_damaged_files, refuse_other_tower_weights
 from dc_megatron.training.validation import Validation, open_validation
 from dc_megatron.weights.checkpoint_folder import read_description, write_json
@@ -34,8 +36,7 @@ def train(checked: run.Checked) -> None:
     _stand_alone()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    # Megatron's tensor parallelism wants kernels in order of launch; the launchers set it for the others.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _order_of_kernels(checked)
     device.choose_gpu(local_rank)
     device.limit_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if checked.settings.verify_checkpoint:
@@ -56,6 +57,7 @@ def train(checked: run.Checked) -> None:
         data = replace(data, steps=replace(data.steps, eval_iters=validation.rows.iterations))
     chosen = auto_choices.choose(checked, data, device.memory_bytes())
     words = _engine_words(checked, data.steps, chosen)
+    refuse_other_layout(checked.start, distributed="--use-distributed-optimizer" in words)
     if rank == 0:
         _say_hello(checked, data, [*notes, *chosen.notes])
         if validation is not None:
@@ -76,6 +78,16 @@ def _stand_alone() -> None:
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": "0",
         }
+
+
+def _order_of_kernels(checked: run.Checked) -> None:
+    """How many queues of kernels CUDA has; it looks at this once, when it starts."""
+    if asks_for_fsdp(checked.translation.megatron_argv):
+        # The launchers say 1. Weights of the next layer would then wait for the work of this one.
+        os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    else:
+        # Megatron's tensor parallelism wants kernels in order of launch; the launchers set it for the others.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _check_weights(checked: run.Checked) -> list[str]:
@@ -192,9 +204,10 @@ def parse(words: list[str], checked: run.Checked):
     from megatron.training.argument_utils import core_transformer_config_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    sys.argv = [sys.argv[0], *words]
+    sys.argv = [sys.argv[0], *words, *parsed_words(words)]
     try:
         args = parse_and_validate_args()
+        args.ckpt_format = "torch_dist"
         if checked.settings.packing == "none" and args.pipeline_model_parallel_size > 1:
             _exchange_shapes(args)
         core_transformer_config_from_args(args)
@@ -223,6 +236,8 @@ def _sample_pictures(checked: run.Checked, args, data: data_plan.Data | Validati
     obstacle = None
     if args.virtual_pipeline_model_parallel_size:
         obstacle = "virtual pipeline stages"
+    elif args.use_megatron_fsdp:
+        obstacle = "--use-megatron-fsdp"
     elif args.overlap_param_gather:
         obstacle = "--overlap-param-gather"
     elif args.context_parallel_size > 1:

@@ -56,7 +56,6 @@ _BATCH = "the batch size is fixed over a run: use --per_device_train_batch_size 
 _EVALUATION = "--eval_data_path is evaluated as one set, in batches of the training's size; --eval-iters shortens it"
 _ARCHITECTURE = "the language model is the dense decoder that --model_name_or_path describes"
 _CONTEXT = "keys and values are gathered over the ranks of --context-parallel-size, which is all that is to be said"
-_SHARDING = "not available yet; use --use-distributed-optimizer"
 
 # Options that Megatron would read and this program could not honour: (option, reason). Given, they are refused,
 # because running on as if they had not been given would be worse.
@@ -74,7 +73,7 @@ REFUSED = {
     **dict.fromkeys(("eval-global-batch-size", "eval-micro-batch-size"), _EVALUATION),
     **dict.fromkeys(("num-experts", "multi-latent-attention", "spec", "hybrid-layer-pattern"), _ARCHITECTURE),
     **dict.fromkeys(("heterogeneous-layers-config-path", "encoder-num-layers", "mtp-num-layers"), _ARCHITECTURE),
-    **dict.fromkeys(("use-megatron-fsdp", "use-torch-fsdp2"), _SHARDING),
+    "use-torch-fsdp2": "use --use-megatron-fsdp, which divides weights, gradients and optimizer as well (ZeRO-3)",
     **dict.fromkeys(("cp-comm-type", "hierarchical-context-parallel-sizes", "hybrid-context-parallel"), _CONTEXT),
     "expert-model-parallel-size": _ARCHITECTURE,
     "save-retain-interval": "not available yet; every checkpoint is kept",

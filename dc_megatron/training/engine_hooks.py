@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dc_megatron.training.checkpoint_hooks import artifact_hook, load_hook, save_hook, schedule_hook
+from dc_megatron.training.fsdp_state import state_hook
 from dc_megatron.training.session import Session
 from dc_megatron.training.step_hooks import evaluate_hook, log_hook, optimizer_hook, step_hook
 
@@ -59,6 +60,12 @@ HOOKS = (
         schedule_hook,
         "always",
         "--async-save: manifest and rename follow when all ranks have written; the hashes are made where that is done",
+    ),
+    Hook(
+        "megatron.training.checkpointing:generate_state_dict",
+        state_hook,
+        "always",
+        "--use-megatron-fsdp: the engine saves such a model in a format of its own, which no tool here reads",
     ),
     Hook(
         "megatron.training.checkpointing:_load_base_checkpoint",

@@ -482,7 +482,9 @@ _PARALLEL = (
 )
 
 _OTHER = (
-    _no_meaning("deepspeed", "Megatron's engine trains here; --use-distributed-optimizer shards what ZeRO-1 does"),
+    _no_meaning(
+        "deepspeed", "Megatron's engine trains here; --use-distributed-optimizer is ZeRO-1, --use-megatron-fsdp ZeRO-3"
+    ),
     _no_meaning("per_device_eval_batch_size", "validation rows go in batches of the training's size", int),
     _no_meaning("lazy_preprocess", "samples are always prepared as they are needed", bool),
     _no_meaning("tf32", "PyTorch's own setting holds for float32 products", bool),

@@ -89,5 +89,7 @@ def trained_connector(model_chunks: list[DenseConnectorModel]) -> dict[str, Tens
     model = model_chunks[0]
     if model.connector is None or not next(model.connector.parameters()).requires_grad:
         return None
+    if model.whole_connector is not None:
+        return model.whole_connector
     newline = {} if model.image_newline is None else {NEWLINE: model.image_newline}
     return {**model.connector.state_dict(), **newline}

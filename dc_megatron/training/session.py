@@ -9,6 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from dc_megatron.data.loader import MicroBatches
 from dc_megatron.training.fp8_band import Fp8Band
+from dc_megatron.training.fsdp_state import DividedState
 from dc_megatron.training.metrics import Clock, MetricsFile, StepCounts
 from dc_megatron.training.run import Checked
 from dc_megatron.training.sample_pictures import SamplePictures
@@ -47,5 +48,7 @@ class Session:
     optimizer: MegatronOptimizer | None = None
     # The save that began last.
     saving: Saving | None = None
+    # Under Megatron-FSDP: what this rank keeps of the model.
+    divided: DividedState | None = None
     # Called with the folder and the iteration's place after a save, where somebody else wants to hear of it.
     saved_elsewhere: Callable[[str, str], None] | None = None

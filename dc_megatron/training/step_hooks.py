@@ -8,14 +8,15 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.utils import unwrap_model
 from megatron.training import get_args, get_tensorboard_writer
 
 from dc_megatron.errors import UserError
 from dc_megatron.training.forward_step import LOSS_NAME
+from dc_megatron.training.fsdp_state import DividedState
 from dc_megatron.training.metrics import COUNTS, StepCounts, progress_line
 from dc_megatron.training.parameter_groups import group_overrides, present_rates
 from dc_megatron.training.session import Session
+from dc_megatron.training.unwrapped import unwrapped
 
 
 class BadImages:
@@ -151,6 +152,9 @@ def optimizer_hook(original: Callable, session: Session) -> Callable:
     def get_megatron_optimizer(config, model_chunks, config_overrides=None, **more):
         overrides = group_overrides(config, session.checked.settings.own_rates, config_overrides)
         session.optimizer = original(config, model_chunks, config_overrides=overrides, **more)
+        if get_args().use_megatron_fsdp:
+            session.divided = DividedState(model_chunks[0], session.optimizer)
+            session.divided.tell()
         return session.optimizer
 
     return get_megatron_optimizer
@@ -161,7 +165,7 @@ def step_hook(original: Callable, session: Session) -> Callable:
 
     def train_step(forward_step_func, data_iterator, model, *args, **kwargs):
         for images in session.step_images:
-            images.encode(unwrap_model(model)[0], get_num_microbatches())
+            images.encode(unwrapped(model)[0], get_num_microbatches())
         return original(forward_step_func, data_iterator, model, *args, **kwargs)
 
     return train_step
