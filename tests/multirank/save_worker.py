@@ -142,7 +142,7 @@ def save(folder: str, iteration: int, tree: str, models: tuple[str, str], stops:
         checked, "plan", 0, 0, None, SimpleNamespace(lap=lambda: None), SimpleNamespace(alive=lambda: None), []
     )
     hook = checkpoint_hooks.save_hook(_Engine(args, tree, stops).save_checkpoint, session)
-    model = [SimpleNamespace(connector=_Connector(), image_newline=None, tower_is_stored=False)]
+    model = [SimpleNamespace(connector=_Connector(), image_newline=None, tower_is_stored=False, whole_connector=None)]
     os.makedirs(folder, exist_ok=True)
     with mock.patch.object(checkpoint_hooks, "get_args", return_value=args), stops.installed(exchanges):
         try:
