@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from megatron.training import checkpointing, get_args, get_tensorboard_writer, print_rank_0
 from megatron.training.async_utils import maybe_finalize_async_save
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dc_megatron.errors import UserError
 from dc_megatron.training.model_provider import trained_connector
@@ -49,7 +52,8 @@ def save_hook(original: Callable, session: Session) -> Callable:
         engine.save = staged.root
         fill_moments(session.optimizer)
         try:
-            result = original(iteration, model, *args, **kwargs)
+            with _failures_told(session.saving):
+                result = original(iteration, model, *args, **kwargs)
         finally:
             engine.save = folder
         session.saving.projector = _connector_now(chunks, engine.async_save)
@@ -76,9 +80,34 @@ def schedule_hook(original: Callable, session: Session) -> Callable:
         if request.async_fn is not None:
             request = request._replace(async_fn=partial(saving.staged.write_and_hash, rank, request.async_fn))
         request.add_finalize_fn(lambda: _complete(session, saving, saving.staged.take_digests(rank)))
-        original(request)
+        original(request._replace(finalize_fns=[_told(saving, step) for step in request.finalize_fns]))
 
     return schedule_async_save
+
+
+def _told(saving: Saving, step: Callable[[], None]) -> Callable[[], None]:
+    def finalize() -> None:
+        with _failures_told(saving):
+            step()
+
+    return finalize
+
+
+@contextlib.contextmanager
+def _failures_told(saving: Saving) -> Iterator[None]:
+    """UserError where a file cannot be written. All ranks hear of the engine's failures, the first one of the cause."""
+    try:
+        yield
+    except (CheckpointException, OSError) as error:
+        causes = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
+        text = str(causes[0] if causes else error).strip().splitlines() or [type(error).__name__]
+        folder = saving.staged.folder
+        newest, _ = checkpoint_folder.newest_complete(folder)
+        raise UserError(
+            f"--output_dir {folder}: the checkpoint of iteration {saving.staged.iteration} cannot be written"
+            f" ({text[0]}); {shutil.disk_usage(folder).free / 1e9:.1f} GB are free there. Started again, the run goes"
+            f" on from {f'iteration {newest}' if newest is not None else 'its beginning'}"
+        ) from error
 
 
 def _begin(folder: str, iteration: int, rank: int) -> StagedIteration:
@@ -107,8 +136,9 @@ def _complete(session: Session, saving: Saving, own: dict[str, Digest]) -> None:
     digests: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(digests, own)
     if torch.distributed.get_rank() == 0:
-        _write_side_files(session, saving)
-        staged.publish(saving.position, {name: found[name] for found in digests for name in found})
+        with _failures_told(saving):
+            _write_side_files(session, saving)
+            staged.publish(saving.position, {name: found[name] for found in digests for name in found})
         print(f"checkpoint of iteration {staged.iteration} is complete: {staged.place}", flush=True)
     if session.saved_elsewhere is not None:
         session.saved_elsewhere(staged.folder, staged.place)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader, load
@@ -12,7 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dc_megatron.reports.checkpoint_report import examine
 from dc_megatron.weights import checkpoint_folder
 from dc_megatron.weights.staged_iteration import STAGING
-from tests.end_to_end.launch import TRAIN, metrics, torchrun, train_forked
+from tests.end_to_end.launch import TRAIN, metrics, run, torchrun, train_forked
 from tests.helpers.workspace import training_flags
 
 TIMES = ("step_seconds", "data_wait_seconds")
@@ -62,3 +64,14 @@ def test_saves_behind_training_are_those_it_waits_for_and_can_be_resumed(workspa
     assert not list(behind.glob(f"{STAGING}*"))
     report = examine(str(behind), check=True)
     assert (report["verified"], report["problems"]) == (True, [])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("saves", [{}, {"async-save": True}], ids=["waited", "behind"])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_message(workspace, tmp_path, saves):
+    """A limit on the size of files stands for a full disk; it is below a rank's part, and above everything else."""
+    output = tmp_path / "run"
+    command = shlex.join([*torchrun(2), *TRAIN, *training_flags(workspace, output, **{**FLAGS, **saves})])
+    done = run(["bash", "-c", f"ulimit -f 1500; exec {command}"], tmp_path / "logs")
+    done.assert_refused(f"--output_dir {output}: the checkpoint of iteration 1 cannot be written", "GB are free there")
+    assert checkpoint_folder.newest_complete(output) == (None, [])
