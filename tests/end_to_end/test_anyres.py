@@ -91,6 +91,7 @@ def stock_loss(stock, sample, record, images: str) -> float:
     return float(torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORE))
 
 
+@pytest.mark.long
 def test_scores_are_those_of_the_stock_model(shapes, trained, stock, tmp_path):
     data = ["--data_path", shapes["data"], "--image_folder", shapes["images"], "--image-backend", "pil"]
     lines = [json.loads(line) for line in tool("score", tmp_path / "logs", "--load", str(trained), *data)]
@@ -131,6 +132,7 @@ def test_a_run_goes_on_at_another_layout(shapes, trained, tmp_path):
     assert "model.image_newline" in expected
 
 
+@pytest.mark.long
 def test_answers_are_those_of_the_stock_model(shapes, trained, stock, tmp_path):
     """By the folders and the projector file that the run left, image_newline in it."""
     model, processor = stock

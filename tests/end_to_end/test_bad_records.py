@@ -47,6 +47,7 @@ def test_a_missing_picture_is_dropped_and_a_corrupt_one_replaced_and_both_are_co
     assert all(line["loss"] > 0 for line in lines)
 
 
+@pytest.mark.long
 def test_more_corrupt_pictures_than_allowed_stop_the_run_on_all_ranks(damaged, tmp_path):
     """Only one rank meets the picture; all must stop, with one message."""
     records = [record for record in json.loads(Path(damaged["data"]).read_text()) if record.get("image") != MISSING]

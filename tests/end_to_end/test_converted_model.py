@@ -52,6 +52,7 @@ def score(workspace, folder: Path, *words: str) -> dict:
     return json.loads(run(tool, folder, cwd=ROOT).assert_succeeded().output.splitlines()[-1])
 
 
+@pytest.mark.long
 def test_tools_take_it_with_a_tower_and_a_projector(workspace, imported, stage_1, tmp_path):
     parts = ["--vision_tower", workspace["clip"], "--mm_dense_connector_type", "dci", "--version", "v1"]
     parts += ["--pretrain_mm_mlp_adapter", str(stage_1 / "mm_projector.safetensors")]

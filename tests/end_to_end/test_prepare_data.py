@@ -74,6 +74,7 @@ def projector(workspace, folder: Path) -> None:
     write_projector(str(folder), tensors, connector, vision)
 
 
+@pytest.mark.long
 def test_preflight_and_a_mix_of_both(workspace, place):
     page = run_there(place, command("tools/preflight.py"))
     assert "refused" not in page

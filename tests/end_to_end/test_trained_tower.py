@@ -66,6 +66,7 @@ def half(workspace, forked, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.long
 def test_metrics_show_the_rate_of_every_part_and_the_steps_that_an_overflow_cost(half):
     lines = metrics(half)
     assert [line["iteration"] for line in lines] == list(range(1, STEPS + 1))
