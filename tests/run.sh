@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests; makes .venv first where it is absent or its pins have changed.
 # Usage: bash tests/run.sh [--all] [pytest arguments]
-#   bash tests/run.sh                       the default tests (under 15 minutes on two cores)
+#   bash tests/run.sh                       the default tests (about 15 minutes on two cores)
 #   bash tests/run.sh --all                 the long ones as well (up to 60 minutes)
 #   bash tests/run.sh tests/unit -k argv    whatever pytest understands
 set -euo pipefail
