@@ -52,7 +52,7 @@ def save_hook(original: Callable, session: Session) -> Callable:
         engine.save = staged.root
         fill_moments(session.optimizer)
         try:
-            with _failures_told(session.saving):
+            with _failures_told(staged):
                 result = original(iteration, model, *args, **kwargs)
         finally:
             engine.save = folder
@@ -87,24 +87,24 @@ def schedule_hook(original: Callable, session: Session) -> Callable:
 
 def _told(saving: Saving, step: Callable[[], None]) -> Callable[[], None]:
     def finalize() -> None:
-        with _failures_told(saving):
+        with _failures_told(saving.staged):
             step()
 
     return finalize
 
 
 @contextlib.contextmanager
-def _failures_told(saving: Saving) -> Iterator[None]:
+def _failures_told(staged: StagedIteration) -> Iterator[None]:
     """UserError where a file cannot be written. All ranks hear of the engine's failures, the first one of the cause."""
     try:
         yield
     except (CheckpointException, OSError) as error:
         causes = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
         text = str(causes[0] if causes else error).strip().splitlines() or [type(error).__name__]
-        folder = saving.staged.folder
+        folder = staged.folder
         newest, _ = checkpoint_folder.newest_complete(folder)
         raise UserError(
-            f"--output_dir {folder}: the checkpoint of iteration {saving.staged.iteration} cannot be written"
+            f"--output_dir {folder}: the checkpoint of iteration {staged.iteration} cannot be written"
             f" ({text[0]}); {shutil.disk_usage(folder).free / 1e9:.1f} GB are free there. Started again, the run goes"
             f" on from {f'iteration {newest}' if newest is not None else 'its beginning'}"
         ) from error
@@ -114,7 +114,9 @@ def _begin(folder: str, iteration: int, rank: int) -> StagedIteration:
     """An empty place for the iteration, the same for all ranks, which meet here."""
     mark = [secrets.token_hex(4) if rank == 0 else None]
     if rank == 0:
-        StagedIteration(folder, iteration, mark[0]).begin()
+        staged = StagedIteration(folder, iteration, mark[0])
+        with _failures_told(staged):
+            staged.begin()
     torch.distributed.broadcast_object_list(mark, src=0)
     return StagedIteration(folder, iteration, mark[0])
 
@@ -136,7 +138,7 @@ def _complete(session: Session, saving: Saving, own: dict[str, Digest]) -> None:
     digests: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(digests, own)
     if torch.distributed.get_rank() == 0:
-        with _failures_told(saving):
+        with _failures_told(staged):
             _write_side_files(session, saving)
             staged.publish(saving.position, {name: found[name] for found in digests for name in found})
         print(f"checkpoint of iteration {staged.iteration} is complete: {staged.place}", flush=True)
